@@ -23,6 +23,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'perturbnb.core.file_hash': ('core.html#file_hash', 'perturbnb/core.py'),
                                 'perturbnb.core.nearest': ('core.html#nearest', 'perturbnb/core.py'),
                                 'perturbnb.core.project_root': ('core.html#project_root', 'perturbnb/core.py'),
+                                'perturbnb.core.real_file': ('core.html#real_file', 'perturbnb/core.py'),
                                 'perturbnb.core.record_hashes': ('core.html#record_hashes', 'perturbnb/core.py'),
                                 'perturbnb.core.recorded_hash': ('core.html#recorded_hash', 'perturbnb/core.py'),
                                 'perturbnb.core.replace_folder': ('core.html#replace_folder', 'perturbnb/core.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'PerturbError', 'InputError', 'MissingFile', 'ChangedFile', 'OutputError', 'RunError', 'nearest',
-           'project_root', 'show_path', 'rng', 'seed_all', 'device', 'file_hash', 'table_hash', 'record_hashes',
-           'recorded_hash', 'verified', 'write_problem', 'atomic_file', 'replace_folder', 'atomic_folder',
-           'environment']
+           'project_root', 'show_path', 'real_file', 'rng', 'seed_all', 'device', 'file_hash', 'table_hash',
+           'record_hashes', 'recorded_hash', 'verified', 'write_problem', 'atomic_file', 'replace_folder',
+           'atomic_folder', 'environment']
 
 # %% ../nbs/00_core.ipynb #e7bf25ad
 import ctypes, errno, hashlib, os, platform, random, re, secrets, shutil, sys
@@ -69,6 +69,15 @@ def show_path(
     "How a report names a file: never a path of one machine."
     path, root = Path(path).resolve(), Path(root or project_root()).resolve()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+# %% ../nbs/00_core.ipynb #0df4e65c
+def real_file(
+    name: str,  # path below the folder of real files, for example "tahoe/gene_metadata.parquet"
+) -> "Path | None":  # None, with one printed line, where it is missing
+    "A real file to try a reader on, if this machine has it."
+    folder = Path(os.environ.get("PERTURBNB_REAL_DATA") or project_root().parent / "shared" / "data")
+    if (folder / name).exists(): return folder / name
+    print(f"skipped: the real file {name} is not on this machine (PERTURBNB_REAL_DATA can name its folder)")
 
 # %% ../nbs/00_core.ipynb #46875664
 def rng(
