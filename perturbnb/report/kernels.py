@@ -27,7 +27,7 @@ def kernel_spec(
 ) -> dict:  # content of a kernel.json
     "The Jupyter kernelspec that runs this interpreter on that device."
     visible = "" if name == "cpu" else name.removeprefix("gpu")
-    return dict(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python",
+    return dict(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=50"], language="python",
                 display_name=f"perturbnb ({name.upper()})", metadata={"debugger": True},
                 env={"CUDA_VISIBLE_DEVICES": visible, "PERTURBNB_KERNEL": name, "MPLBACKEND": "module://matplotlib_inline.backend_inline", **(env or {})})
 

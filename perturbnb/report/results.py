@@ -84,8 +84,9 @@ class Result:
         folder: "str | Path | None" = None,  # where to write; the runner's folder if not given
     ):
         scratch = project_root() / "reports" / ".scratch" / analysis
+        shown = json.loads(os.environ.get("PERTURBNB_PARAMETERS", "{}"))  # as the runner names them: files without their folders
         self.folder = Path(folder or os.environ.get("PERTURBNB_REPORT_DIR") or scratch)
-        self.record = dict(format="perturbnb-result/1", analysis=analysis, parameters=_plain(parameters), seeds=list(map(int, seeds)),
+        self.record = dict(format="perturbnb-result/1", analysis=analysis, parameters={**_plain(parameters), **shown}, seeds=list(map(int, seeds)),
                            kernel=os.environ.get("PERTURBNB_KERNEL", "interactive"), data=[], split=[], facts={}, metrics=[],
                            comparisons=[], verdict={}, artefacts={}, environment=environment())
 
