@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'PerturbError', 'InputError', 'MissingFile', 'ChangedFile
            'atomic_folder', 'environment']
 
 # %% ../nbs/00_core.ipynb #e7bf25ad
-import ctypes, errno, hashlib, os, platform, random, re, secrets, shutil, sys
+import ctypes, errno, hashlib, os, platform, random, re, secrets, shutil, tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -243,6 +243,7 @@ def _sweep(path: Path) -> None:
 @contextmanager
 def _locked(path: Path):
     from filelock import FileLock, Timeout
+    with tempfile.TemporaryFile(dir=path.parent): pass  # a place that cannot be written must not look like a place in use
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try: lock.acquire(timeout=0)
     except Timeout: raise OutputError(f"{path} is being written by another run", "a folder of its own for each run",

@@ -35,7 +35,7 @@ def _execute(template: Template, values: dict, kernel: str, out: Path, cwd: Path
     "Run the template with papermill; RunError unless every cell ran without an error."
     import logging, papermill
     from nbclient.exceptions import DeadKernelError
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised below, on one line
     try:
         nb = papermill.execute_notebook(str(template.path), str(out), parameters=values, kernel_name=kernel, language="python", progress_bar=progress,
                                         resources={"metadata": {"path": str(cwd)}}, raise_on_iopub_timeout=False)
@@ -43,7 +43,7 @@ def _execute(template: Template, values: dict, kernel: str, out: Path, cwd: Path
     except (DeadKernelError, RuntimeError) as e:
         if isinstance(e, PerturbError): raise
         raise RunError(f"{template.name}: the kernel died ({' '.join(str(e).split())[:80]})", "a kernel that lives to the last cell",
-                       "see whether memory ran out or something killed it, and run again") from None
+                       "see whether memory ran out, something killed it, or a cell calls exit(), and run again") from None
     code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
     if (ran := sum(c.execution_count is not None and c.metadata.papermill.get("status") == "completed" for c in code)) < len(code):
         raise RunError(f"{template.name} ended early, after {ran} of {len(code)} cells", "a run of every cell", "take out what ends the kernel, such as sys.exit")
