@@ -104,9 +104,9 @@ class Scale(NamedTuple):
 
 SCALES = (
     Scale("delta_log1p_cp10k", -LOG_MAX, LOG_MAX, "needed", "mean log1p CP10k of treated minus that of control cells"),
-    Scale("zscore", -np.inf, np.inf, "needed", "change in robust standard deviations (LINCS levels 4 and 5)"),
-    Scale("lfc", -np.inf, np.inf, "needed", "log2 fold change"),
-    Scale("vst", -np.inf, np.inf, "either", "variance-stabilised counts, or their difference from a reference"),
+    Scale("zscore", -500.0, 500.0, "needed", "change in robust standard deviations (LINCS levels 4 and 5)"),
+    Scale("lfc", -64.0, 64.0, "needed", "log2 fold change"),
+    Scale("vst", -64.0, 64.0, "either", "variance-stabilised counts, or their difference from a reference"),
     Scale("log1p_cp10k", 0.0, LOG_MAX, "none", "mean of log1p counts per 10,000: a level, what `pseudobulk` makes"))
 _SCALE = {s.name: s for s in SCALES}
 assert round(LOG_MAX, 2) == 9.21
@@ -120,6 +120,7 @@ UNS = {"scale": "the unit of X: one of SCALES",
 pd.DataFrame(UNS.items(), columns=["uns['perturbnb'] key", "meaning"])
 
 # %% ../../nbs/data/00_schema.ipynb #b7f32e57
+_EVERY = "every row"  # where a problem belongs to no single row
 RULES: "dict[str, tuple[str, Callable]]" = {}  # name -> (what is asked, function that yields the problems of a table)
 
 def _rule(name: str, asks: str) -> Callable:
@@ -148,8 +149,9 @@ def check(
     found = problems(adata)
     if found.empty: return adata
     p, more = found.iloc[0], len(found) - 1
+    place = p.row if p.row == _EVERY else f"row {p.row!r}"
     rest = f", and {more} more problem{'s' * (more > 1)}" if more else ""
-    error = SchemaError(f"{name}: row {p.row!r}, column {p.column}: {p.problem} (rule {p.rule}{rest})", RULES[p.rule][0], p.cure)
+    error = SchemaError(f"{name}: {place}, column {p.column}: {p.problem} (rule {p.rule}{rest})", RULES[p.rule][0], p.cure)
     error.problems = found
     raise error
 
@@ -178,7 +180,7 @@ def _each(ask: Callable) -> Callable:
 def _hits(where: str, s: pd.Series, bad: Sequence, says: str, cure: "str | Callable") -> Iterator[tuple]:
     "A record for each row where `bad` holds; {} in `says` becomes the value."
     for row, value in s[np.asarray(bad, bool)].items():
-        shown = f"{value:g}" if isinstance(value, float) else repr(value)[:90]
+        shown = f"{value:.12g}" if isinstance(value, float) else repr(value)[:90]
         yield row, f"{where}.{s.name}", says.format(shown), cure(value) if callable(cure) else cure
 
 # %% ../../nbs/data/00_schema.ipynb #d8f6242b
@@ -201,7 +203,6 @@ def _values(name: str, asks: str, pick: Callable, bad: Callable, says: str, cure
     RULES[name] = asks, offences
 
 # %% ../../nbs/data/00_schema.ipynb #dd290b14
-_EVERY = "every row"
 _AS = {"text": "str", "number": "float", "whole": "int"}
 
 def _all_cols() -> list: return [(where, c) for where, cols in TABLES.items() for c in cols]
@@ -236,6 +237,8 @@ def _clean(v: str) -> str:
     "The name without invisible characters and outer blanks, in the composed form of Unicode."
     return unicodedata.normalize("NFC", "".join(c if c.isprintable() else "" for c in v)).strip()
 
+def _unclean(v: str) -> bool: return bool(_clean(v)) and v != _clean(v)
+
 def _alike(v: str) -> str: return "+".join(sorted(v.casefold().split("+")))
 
 @_rule("text_empty", "a name in every row (nan, NA and the like are no names)")
@@ -251,16 +254,17 @@ def _(a):
     for where, c in _all_cols():
         if c.kind != "text": continue
         s = _cols(a, where, c.name)[c.name]
-        bad = _each(lambda v: _clean(v) and v != _clean(v))(s)
-        yield from _hits(where, s, bad, "{} has outer blanks or invisible characters", lambda v: f"write {_clean(v)!r}")
+        yield from _hits(where, s, _each(_unclean)(s), "{} has outer blanks or invisible characters", lambda v: f"write {_clean(v)!r}")
+    for where, names in (("obs_names", a.obs_names), ("var_names", a.var_names)):
+        for n in filter(_unclean, names): yield n, where, f"{n!r} has outer blanks or invisible characters", f"write {_clean(n)!r}"
 
 # %% ../../nbs/data/00_schema.ipynb #b7fc06f8
 @_rule("text_spelling", "one spelling for one thing")
 def _(a):
     for name in ("pert", "cell_line", "batch"):
         s, first = _cols(a, "obs", name)[name], {}
-        for v in s.dropna().unique(): first.setdefault(_alike(_clean(v)), v)
-        bad = _each(lambda v: _alike(first[_alike(_clean(v))]) == _alike(v) and first[_alike(_clean(v))] != v)(s)
+        for v in s.dropna().unique(): first.setdefault(_alike(v), v)
+        bad = _each(lambda v: first[_alike(v)] != v)(s)
         yield from _hits("obs", s, bad, "{} is also spelt otherwise", lambda v: f"write {first[_alike(v)]!r} everywhere")
 
 @_rule("name_twice", "each row name and each gene id once, and none empty")
@@ -294,6 +298,19 @@ def _unsorted(v: str) -> bool:
 
 _values("pert_order", "genes in sorted order", _labels, _each(_unsorted), "{} is not sorted", _rejoin)
 
+# %% ../../nbs/data/00_schema.ipynb #4b186c39
+_DATE = re.compile(r"\d{1,2}-(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)|(mar|sep|dec)-\d{2}", re.I)
+
+@_rule("gene_date", "gene names, not dates")
+def _(a):
+    says, cure = "{} is a gene name turned into a date by a spreadsheet", "take the name from the original file"
+    yield from _hits("obs", _labels(a), _each(lambda v: any(map(_DATE.fullmatch, _parts(v))))(_labels(a)), says, cure)
+    yield from _hits("var", _gene("symbol")(a), _each(_DATE.fullmatch)(_gene("symbol")(a)), says, cure)
+
+_values("targets_form", "target genes joined by + in sorted order, without blanks, or None", _pick("targets"),
+        _each(lambda v: v != "+".join(sorted(set(re.split(r"[\s,;|+]+", v))))), "{} is not in that form",
+        lambda v: f"write {'+'.join(sorted(set(re.split(r'[ ,;|+]+', v.strip()))))!r}")
+
 # %% ../../nbs/data/00_schema.ipynb #31c2b281
 _values("control_name", "a control named exactly as in CONTROLS", _pick("pert", dose="zero"), _each(lambda v: v not in CONTROLS),
         "{} is marked as control", lambda v: f"correct its pert_type if it is a treatment; otherwise {nearest(v, CONTROLS)}")
@@ -314,11 +331,20 @@ _values("dose_control", "dose 0 for a control", _pick("dose_um", dose="zero"),
 _values("dose_range", "a dose from 0 to 1,000,000 µM, one mole in a litre", _pick("dose_um"),
         lambda s: (s < 0) | (s > 1e6), "a dose of {} µM", "correct sign or unit (nM / 1000 = µM); write NaN for missing values")
 
-# %% ../../nbs/data/00_schema.ipynb #ccc7e827
+def _twins(s: pd.Series) -> pd.Series:
+    "Doses that differ from the next smaller one by less than one in ten thousand."
+    d = np.unique(s[s > 0])
+    return s.isin(d[1:][d[1:] / d[:-1] < 1.0001])
+
+_values("dose_spelling", "one number for one dose", _pick("dose_um"), _twins, "{} is nearly the dose of another row", "round the doses to four digits")
+_values("dose_molar", "some dose of at least 0.0001 µM", _pick("dose_um", dose="above 0"),
+        lambda s: (s > 0) & (s.max() < 1e-4), "a dose of {} µM, and none larger in the table", "multiply by 1,000,000 if the doses are molar")
+
+# %% ../../nbs/data/00_schema.ipynb #c524f151
 _values("time_missing", "a time for each compound and metabolite (genetic reagents and controls may have none)",
         _pick("time_h", time="needed"), pd.Series.isna, "the time is missing", "fill in the hours of treatment")
-_values("time_range", "a finite time of 0 hours or more", _pick("time_h"),
-        lambda s: (s < 0) | np.isinf(s), "a time of {} hours", "correct it; write NaN for a time that is not known")
+_values("time_range", "a time from 0 to 8,760 hours, one year", _pick("time_h"),
+        lambda s: (s < 0) | (s > 8760), "a time of {} hours", "correct it (seconds / 3600 = hours); write NaN for a time that is not known")
 _values("n_cells_positive", "one cell or more in each row", _pick("n_cells"),
         lambda s: ~(s >= 1), "{} cells", "drop the row, or count its cells")
 
@@ -335,10 +361,11 @@ _values("smiles_form", "a SMILES without blanks, or None", _pick("smiles"),
         _each(lambda v: not v or len(v.split()) > 1 or v.casefold() in _NULLS), "{} is not a SMILES", "keep the structure alone; None where it is not known")
 
 # %% ../../nbs/data/00_schema.ipynb #77b53edb
-_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?(_PAR_Y)?")
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?(_PAR_Y)?", re.I)
 
-_values("ensembl_version", "Ensembl ids without a version suffix", lambda a: pd.Series(a.var_names, a.var_names, name="index"),
-        _each(lambda v: _ENSEMBL.fullmatch(v) and "." in v), "{} carries a version", lambda v: f"write {v.split('.')[0]!r}", "var")
+_values("ensembl_form", "Ensembl ids in capitals and without a version suffix", lambda a: pd.Series(a.var_names, a.var_names, name="index"),
+        _each(lambda v: _ENSEMBL.fullmatch(v) and v != v.split(".")[0].upper()), "{} has a version or small letters",
+        lambda v: f"write {v.split('.')[0].upper()!r}", "var")
 _values("chrom_style", "chromosomes as Ensembl writes them", _gene("chrom"), _each(lambda v: v.lower().startswith("chr") or v == "M"),
         "{} is written in the UCSC way", lambda v: f"write {re.sub('^M$', 'MT', v[3:] or v)!r}", "var")
 _values("start_range", "a whole base position from 1 on", _gene("start"),
@@ -399,7 +426,7 @@ def _(a):
 @_rule("x_range", "values that are possible on the scale")
 def _(a):
     s = _SCALE.get(_uns(a).get("scale"))
-    if s is None or np.isinf(s.high): return
+    if s is None: return
     out = lambda v: (v < s.low - 1e-5) | (v > s.high + 1e-5)
     yield from _cells(a, _matrix(a), "X", out, f"{{:g}} is impossible as {s.name}", f"name the true scale (possible: {s.low:.2f} to {s.high:.2f})")
 
@@ -443,7 +470,9 @@ def _(a):
 @_rule("hash_form", "a SHA-256 in 64 small hexadecimal digits")
 def _(a):
     v = _uns(a).get("hash")
-    if isinstance(v, str) and v and not re.fullmatch(r"[0-9a-f]{64}", v): yield _EVERY, f"{_UNS}.hash", f"{v[:20]!r}… has {len(v)} characters", "use core.file_hash of the raw input"
+    if not isinstance(v, str) or not v: return
+    bad = "is the hash of an empty file" if v == hashlib.sha256(b"").hexdigest() else "" if re.fullmatch(r"[0-9a-f]{64}", v) else "is no SHA-256"
+    if bad: yield _EVERY, f"{_UNS}.hash", f"{v[:12]}… {bad}", "use core.file_hash of the raw input"
 
 # %% ../../nbs/data/00_schema.ipynb #7e5b8e22
 def signatures(
@@ -558,6 +587,7 @@ def standard_error(
 def _keys(obs: pd.DataFrame, by: Sequence[str], keep: Sequence[str]) -> pd.DataFrame:
     "The grouping columns as plain values; an error names a column or a cell that will not do."
     for c in (*by, *keep):
+        if c == "n_cells": raise InputError("n_cells as a column to group by or keep", "columns that describe the cells", "leave it out: the cells are counted")
         if c not in obs: raise InputError(f"no column {c!r} in obs", "columns to group by", nearest(c, obs.columns))
     keys = pd.DataFrame({c: obs[c].astype(object) if obs[c].dtype == "category" else obs[c] for c in by}, index=obs.index)
     for c in by:
@@ -592,7 +622,9 @@ def pseudobulk(
     hash: "str | None" = None,  # SHA-256 of the raw input; of the content if not given
 ) -> ad.AnnData:  # groups by genes: X mean log1p CP10k; layers mean_sq, se and, from counts, sum; obs n_cells
     "Mean, standard error and sum of each group of cells."
-    codes, obs = _groups(adata.obs, by, keep)
+    codes, obs = _groups(adata.obs, [by] if isinstance(by, str) else by, keep)
+    if layer is not None and layer not in adata.layers: raise InputError(f"no layer {layer!r}", "a layer of the table", nearest(layer, adata.layers))
+    if totals is not None and totals not in adata.obs: raise InputError(f"no column {totals!r} in obs", "a column with total counts", nearest(totals, adata.obs))
     x = adata.X if layer is None else adata.layers[layer]
     total = None if totals is None else adata.obs[totals].to_numpy(float)
     sums = _moments(x, codes, len(obs), _to_log(adata.obs_names, log1p, total, fractional))
@@ -602,11 +634,18 @@ def pseudobulk(
     meta = {"scale": "log1p_cp10k", "reference": "none", "source": source, "hash": hash or content_hash(adata)}
     return ad.AnnData(mean, obs, adata.var.copy(), uns={"perturbnb": meta}, layers=layers)
 
+def _refuse_depth(total: np.ndarray, names: Sequence) -> None:
+    "Raise if logged values add up to more than 10,000 counts in a cell."
+    for r in np.flatnonzero(total > 10_100)[:1]:
+        raise InputError(f"cell {names[r]!r} adds up to {total[r]:,.0f} after expm1", "10,000 counts or fewer (log1p CP10k)", "scale to 10,000 counts and take the natural log1p")
+
 def _to_log(names: Sequence, log1p: bool, total: "np.ndarray | None", fractional: bool) -> Callable:
     "How a block of cells becomes log1p CP10k."
     def logged(block, rows):
         _refuse(block, names[rows], lambda v: ~((v >= 0) & (v <= LOG_MAX + 1e-5)), f"log1p CP10k from 0 to {LOG_MAX:.2f}", "leave out log1p=True for raw counts")
-        return block.astype(float)
+        v = block.astype(float)
+        _refuse_depth(np.asarray(_apply(v, np.expm1).sum(1)).ravel(), names[rows])
+        return v
     def raw(block, rows): return log1p_cp10k(block, totals=None if total is None else total[rows], fractional=fractional, names=names[rows])
     return logged if log1p else raw
 
@@ -660,8 +699,8 @@ def delta(
     "Mean log1p CP10k of treated minus matched control cells, as a signature table."
     if missing not in ("raise", "drop"): raise InputError(f"missing={missing!r}", "raise or drop", nearest(missing, ["raise", "drop"]))
     if min_control_cells < 1: raise InputError(f"min_control_cells={min_control_cells}", "1 or more", "give the least number of control cells")
-    if check(bulk, "pseudobulk").uns["perturbnb"]["scale"] != "log1p_cp10k" or "mean_sq" not in bulk.layers:
-        raise InputError("a table without mean log1p CP10k and its mean square", "what `pseudobulk` makes", "start from the pseudobulk")
+    if check(bulk, "pseudobulk").uns["perturbnb"]["scale"] != "log1p_cp10k" or not {"mean_sq", "se"} <= set(bulk.layers) or sparse.issparse(bulk.X):
+        raise InputError("a table without dense mean log1p CP10k, mean_sq and se", "what `pseudobulk` makes", "start from the pseudobulk")
     rows = _controls(bulk.obs, control)
     matched, mean, mean_sq = _match(bulk, rows, min_control_cells)
     treated = bulk.obs.pert_type.ne("control").to_numpy()
@@ -673,7 +712,7 @@ def delta(
 
 def _difference(bulk, kept, matched, mean, mean_sq, lost, control) -> ad.AnnData:
     "The signature table of the rows that are kept."
-    obs = bulk.obs[kept].join(matched[kept])
+    obs = bulk.obs[kept].drop(columns=list(matched), errors="ignore").join(matched[kept])
     if obs.empty: raise InputError("no treated row", "treated rows beside the controls", "look at pert_type")
     se = np.hypot(bulk.layers["se"][kept], standard_error(mean[kept], mean_sq[kept], obs.n_control_cells))
     rungs = [r for r in LADDER if (obs.control == r).any()]
@@ -699,17 +738,22 @@ def _sealed(path: Path) -> Path:
 def _storable(adata: ad.AnnData) -> ad.AnnData:
     "The same table with text columns as categories, which can hold gaps in a file; X is not copied."
     a = adata.to_memory() if adata.isbacked else adata
-    text = lambda t: t.assign(**{c: t[c].astype("category") for c in t if t[c].dtype == object})
-    return ad.AnnData(a.X, text(a.obs), text(a.var), uns=a.uns, layers=dict(a.layers))
+    text = lambda t: t.assign(**{c: t[c].astype("category") for c in t if t[c].dtype == object or isinstance(t[c].dtype, pd.StringDtype)})
+    rest = {k: dict(getattr(a, k)) for k in ("layers", "obsm", "varm", "obsp", "varp")}
+    return ad.AnnData(a.X, text(a.obs), text(a.var), uns=a.uns, **rest)
 
 def write(
     adata: ad.AnnData,  # a signature table
     path: "str | Path",  # the file to write, usually .h5ad
 ) -> Path:  # the written file
     "Check a signature table and write it as sealed h5ad, whole or not at all."
-    a, path = _storable(check(adata, str(path))), Path(path)
+    check(adata, str(path))
+    path = Path(path)
     with atomic_file(path) as part:
-        with h5py.File(part, "w", userblock_size=_BLOCK) as f: ad.io.write_elem(f, "/", a, dataset_kwargs={"compression": "gzip"})
+        try:
+            with h5py.File(part, "w", userblock_size=_BLOCK) as f: ad.io.write_elem(f, "/", _storable(adata), dataset_kwargs={"compression": "gzip"})
+        except (TypeError, ValueError, KeyError, ad._io.specs.registry.IORegistryError) as e:
+            raise InputError(f"{path}: {str(e).splitlines()[0][:120]}", "columns of text and numbers, and plain values in uns", "drop or convert what cannot be stored") from e
         seal = (_SEAL + _body_hash(part).encode()).ljust(_BLOCK, b"\0")
         with part.open("r+b") as f: f.write(seal)
     return path
