@@ -371,6 +371,9 @@ _values("chrom_style", "chromosomes as Ensembl writes them", _gene("chrom"), _ea
 _values("start_range", "a whole base position from 1 on", _gene("start"),
         lambda s: s.notna() & ~((s >= 1) & (s < 1e10) & (s % 1 == 0)), "{} is no base position", "give the first base, or NaN", "var")
 
+_values("symbol_number", "symbols, not Entrez numbers", _gene("symbol"), _each(str.isdigit),
+        "{} is a number", "look the symbol up; the number may stay in another column", "var")
+
 @_rule("symbol_swapped", "ids in the index and symbols in the column, not the other way round")
 def _(a):
     s = _cols(a, "var", "symbol").symbol
@@ -408,16 +411,20 @@ def _cells(a: ad.AnnData, x, label: str, bad: Callable, says: str, cure: str) ->
         more = f" (and {n - 1} more in this row)" if n > 1 else ""
         yield a.obs_names[r], f"{label}.{a.var_names[c]}", says.format(value) + more, cure
 
-def _uns(a: ad.AnnData) -> Mapping:
+def _uns(a: ad.AnnData, key: str) -> "str | None":
+    "A text in uns['perturbnb'], or None."
     meta = a.uns.get("perturbnb")
-    return meta if isinstance(meta, Mapping) else {}
+    v = meta.get(key) if isinstance(meta, Mapping) else None
+    return v if isinstance(v, str) and _clean(v).casefold() not in _NULLS - {"none"} else None
 
 # %% ../../nbs/data/00_schema.ipynb #d149c5e9
 @_rule("x_kind", "X as a matrix of float32 or float64 with at least one row and one gene")
 def _(a):
-    x = a.X
-    what = "is absent" if x is None else f"has {a.n_obs} rows and {a.n_vars} genes" if 0 in a.shape else f"holds {getattr(x, 'dtype', type(x).__name__)}"
-    if x is None or 0 in a.shape or _matrix(a) is None: yield _EVERY, "X", what, "set X to the effects, as floats"
+    cure = "store floats, for example x.astype('float32')"
+    if 0 in a.shape: yield _EVERY, "X", f"has {a.n_obs} rows and {a.n_vars} genes", "look at the filter that came before"
+    elif a.X is None: yield _EVERY, "X", "is absent", "set X to the effects"
+    elif _matrix(a) is None: yield _EVERY, "X", f"holds {a.X.dtype}", cure
+    if "se" in a.layers and _matrix(a, "se") is None: yield _EVERY, "layers.se", f"holds {a.layers['se'].dtype}", cure
 
 @_rule("x_finite", "a finite number for each gene of each row")
 def _(a):
@@ -425,7 +432,7 @@ def _(a):
 
 @_rule("x_range", "values that are possible on the scale")
 def _(a):
-    s = _SCALE.get(_uns(a).get("scale"))
+    s = _SCALE.get(_uns(a, "scale"))
     if s is None: return
     out = lambda v: (v < s.low - 1e-5) | (v > s.high + 1e-5)
     yield from _cells(a, _matrix(a), "X", out, f"{{:g}} is impossible as {s.name}", f"name the true scale (possible: {s.low:.2f} to {s.high:.2f})")
@@ -433,7 +440,7 @@ def _(a):
 # %% ../../nbs/data/00_schema.ipynb #d5252c13
 @_rule("x_level", "effects on both sides of zero")
 def _(a):
-    s, x, positive = _SCALE.get(_uns(a).get("scale")), _matrix(a), 0
+    s, x, positive = _SCALE.get(_uns(a, "scale")), _matrix(a), 0
     if s is None or s.reference != "needed" or x is None: return
     for _, block in _blocks(x):
         v = block.data if sparse.issparse(block) else block
@@ -448,30 +455,31 @@ def _(a):
 
 # %% ../../nbs/data/00_schema.ipynb #53abec34
 _UNS = "uns.perturbnb"
+_NOTHING = hashlib.sha256(b"").hexdigest()
 
 @_rule("uns_missing", "scale, reference, source and hash in uns['perturbnb']")
 def _(a):
     for key in UNS:
-        v = _uns(a).get(key)
-        if not isinstance(v, str) or _clean(v).casefold() in _NULLS - {"none"}: yield _EVERY, f"{_UNS}.{key}", f"is {v!r}", f"set it: {UNS[key]}"
+        if _uns(a, key) is None: yield _EVERY, f"{_UNS}.{key}", "is missing or no text", f"set it: {UNS[key]}"
 
 @_rule("scale_known", "a scale of SCALES")
 def _(a):
-    v = _uns(a).get("scale")
-    if isinstance(v, str) and v and v not in _SCALE: yield _EVERY, f"{_UNS}.scale", f"{v!r} is not known", nearest(v, _SCALE)
+    v = _uns(a, "scale")
+    if v and v not in _SCALE: yield _EVERY, f"{_UNS}.scale", f"{v!r} is not known", nearest(v, _SCALE)
 
 @_rule("reference_form", "a reference for an effect, none for a level, in small letters, digits and _")
 def _(a):
-    v, s = _uns(a).get("reference"), _SCALE.get(_uns(a).get("scale"))
-    if not isinstance(v, str) or not v or s is None: return
+    v, s = _uns(a, "reference"), _SCALE.get(_uns(a, "scale"))
+    if v is None or s is None: return
     clash = {"needed": v == "none", "none": v != "none", "either": False}[s.reference]
-    if clash or not re.fullmatch(r"[a-z0-9_]+", v): yield _EVERY, f"{_UNS}.reference", f"{v!r} with the scale {s.name}", f"for this scale a reference is: {s.reference}"
+    if clash or not re.fullmatch(r"[a-z0-9_]+", v):
+        yield _EVERY, f"{_UNS}.reference", f"{v!r} with the scale {s.name}", f"for this scale a reference is: {s.reference}"
 
 @_rule("hash_form", "a SHA-256 in 64 small hexadecimal digits")
 def _(a):
-    v = _uns(a).get("hash")
-    if not isinstance(v, str) or not v: return
-    bad = "is the hash of an empty file" if v == hashlib.sha256(b"").hexdigest() else "" if re.fullmatch(r"[0-9a-f]{64}", v) else "is no SHA-256"
+    v = _uns(a, "hash")
+    if v is None: return
+    bad = "is no SHA-256" if not re.fullmatch(r"[0-9a-f]{64}", v) else "is the hash of an empty file" if v == _NOTHING else ""
     if bad: yield _EVERY, f"{_UNS}.hash", f"{v[:12]}… {bad}", "use core.file_hash of the raw input"
 
 # %% ../../nbs/data/00_schema.ipynb #7e5b8e22
@@ -737,10 +745,10 @@ def _sealed(path: Path) -> Path:
 # %% ../../nbs/data/00_schema.ipynb #a59190e6
 def _storable(adata: ad.AnnData) -> ad.AnnData:
     "The same table with text columns as categories, which can hold gaps in a file; X is not copied."
-    a = adata.to_memory() if adata.isbacked else adata
+    a, x = adata, adata.X[:] if adata.isbacked else adata.X
     text = lambda t: t.assign(**{c: t[c].astype("category") for c in t if t[c].dtype == object or isinstance(t[c].dtype, pd.StringDtype)})
     rest = {k: dict(getattr(a, k)) for k in ("layers", "obsm", "varm", "obsp", "varp")}
-    return ad.AnnData(a.X, text(a.obs), text(a.var), uns=a.uns, **rest)
+    return ad.AnnData(x, text(a.obs), text(a.var), uns=a.uns, **rest)
 
 def write(
     adata: ad.AnnData,  # a signature table
