@@ -282,7 +282,8 @@ def _parts(v: str) -> list: return [p.strip() for p in v.split("+") if p.strip()
 _values("pert_type_known", "a pert_type of PERT_TYPES", _pick("pert_type"),
         _each(lambda v: v not in _TYPE), "{} is not known", lambda v: nearest(v, _TYPE))
 _values("pert_separator", "genes joined by + and nothing else", _labels,
-        _each(lambda v: any(re.search(r"[\s_,;|/&]", p) for p in _parts(v))), "{} joins genes by another sign", "join the sorted genes by +")
+        _each(lambda v: any(re.search(r"[\s_,;|/&]", p) for p in _parts(v))), "{} joins genes by another sign",
+        "join the sorted genes by +")
 _values("pert_part", "a gene on each side of every +, without blanks", _labels,
         _each(lambda v: "+" in v and v != "+".join(_parts(v))), "{} has an empty or blank part", _rejoin)
 _values("pert_gene_twice", "each gene once in a label", _labels,
@@ -336,9 +337,11 @@ def _twins(s: pd.Series) -> pd.Series:
     d = np.unique(s[s > 0])
     return s.isin(d[1:][d[1:] / d[:-1] < 1.0001])
 
-_values("dose_spelling", "one number for one dose", _pick("dose_um"), _twins, "{} is nearly the dose of another row", "round the doses to four digits")
+_values("dose_spelling", "one number for one dose", _pick("dose_um"), _twins,
+        "{} is nearly the dose of another row", "round the doses to four digits")
 _values("dose_molar", "some dose of at least 0.0001 µM", _pick("dose_um", dose="above 0"),
-        lambda s: (s > 0) & (s.max() < 1e-4), "a dose of {} µM, and none larger in the table", "multiply by 1,000,000 if the doses are molar")
+        lambda s: (s > 0) & (s.max() < 1e-4), "a dose of {} µM, and none larger in the table",
+        "multiply by 1,000,000 if the doses are molar")
 
 # %% ../../nbs/data/00_schema.ipynb #c524f151
 _values("time_missing", "a time for each compound and metabolite (genetic reagents and controls may have none)",
@@ -358,7 +361,8 @@ def _(a):
     yield from _hits("obs", o.pert, bad, "{} repeats the condition of an earlier row", "add a text column replicate, or average the rows")
 
 _values("smiles_form", "a SMILES without blanks, or None", _pick("smiles"),
-        _each(lambda v: not v or len(v.split()) > 1 or v.casefold() in _NULLS), "{} is not a SMILES", "keep the structure alone; None where it is not known")
+        _each(lambda v: not v or len(v.split()) > 1 or v.casefold() in _NULLS), "{} is not a SMILES",
+        "keep the structure alone; None where it is not known")
 
 # %% ../../nbs/data/00_schema.ipynb #77b53edb
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?(_PAR_Y)?", re.I)
@@ -435,7 +439,8 @@ def _(a):
     s = _SCALE.get(_uns(a, "scale"))
     if s is None: return
     out = lambda v: (v < s.low - 1e-5) | (v > s.high + 1e-5)
-    yield from _cells(a, _matrix(a), "X", out, f"{{:g}} is impossible as {s.name}", f"name the true scale (possible: {s.low:.2f} to {s.high:.2f})")
+    cure = f"name the true scale (possible: {s.low:.2f} to {s.high:.2f})"
+    yield from _cells(a, _matrix(a), "X", out, f"{{:g}} is impossible as {s.name}", cure)
 
 # %% ../../nbs/data/00_schema.ipynb #d5252c13
 @_rule("x_level", "effects on both sides of zero")
@@ -446,7 +451,8 @@ def _(a):
         v = block.data if sparse.issparse(block) else block
         if (v < 0).any(): return
         positive += np.count_nonzero(v > 0)
-    if positive >= 1000: yield _EVERY, "X", f"{positive} values above zero and none below", "subtract the control (`delta`), or name the scale of a level"
+    cure = "subtract the control (`delta`), or name the scale of a level"
+    if positive >= 1000: yield _EVERY, "X", f"{positive} values above zero and none below", cure
 
 @_rule("se_range", "standard errors of 0 or more, NaN where there is but one cell")
 def _(a):
@@ -537,7 +543,7 @@ def log1p_cp10k(
     x = sparse.csr_matrix(counts, dtype=float, copy=True) if sparse.issparse(counts) else np.array(counts, float)
     names = range(x.shape[0]) if names is None else names
     _refuse(x, names, lambda v: ~np.isfinite(v) | (v < 0), "finite counts of 0 or more", "start from the raw counts")
-    if not fractional: _refuse(x, names, lambda v: v % 1 != 0, "whole counts", "say log1p=True for logged values, fractional=True for estimated counts")
+    if not fractional: _refuse(x, names, lambda v: v % 1 != 0, "whole counts", "use raw counts (or say log1p=True, or fractional=True)")
     inside = np.asarray(x.sum(1), float).ravel()
     total = inside if totals is None else np.asarray(totals, float)
     _refuse_totals(total, inside, names)
@@ -594,8 +600,8 @@ def standard_error(
 # %% ../../nbs/data/00_schema.ipynb #53263bd8
 def _keys(obs: pd.DataFrame, by: Sequence[str], keep: Sequence[str]) -> pd.DataFrame:
     "The grouping columns as plain values; an error names a column or a cell that will not do."
+    if "n_cells" in (*by, *keep): raise InputError("n_cells among the columns", "columns that describe cells", "leave it out")
     for c in (*by, *keep):
-        if c == "n_cells": raise InputError("n_cells as a column to group by or keep", "columns that describe the cells", "leave it out: the cells are counted")
         if c not in obs: raise InputError(f"no column {c!r} in obs", "columns to group by", nearest(c, obs.columns))
     keys = pd.DataFrame({c: obs[c].astype(object) if obs[c].dtype == "category" else obs[c] for c in by}, index=obs.index)
     for c in by:
@@ -611,7 +617,8 @@ def _groups(obs: pd.DataFrame, by: Sequence[str], keep: Sequence[str]) -> "tuple
     first = np.unique(codes, return_index=True)[1]
     for c in keep:
         n = obs[c].astype(object).groupby(codes).nunique(dropna=False).to_numpy()
-        if n.max() > 1: raise InputError(f"{c} has {n.max()} values in group {tuple(table.loc[n.argmax(), list(by)])}", "one value in each group", f"put {c!r} into `by`")
+        where = tuple(table.loc[n.argmax(), list(by)])
+        if n.max() > 1: raise InputError(f"{c} has {n.max()} values in group {where}", "one value in each group", f"put {c!r} into `by`")
         table[c] = obs[c].to_numpy()[first]
     name = table[list(by)].apply(lambda r: "|".join(map(str, r)), axis=1)
     return codes, table.set_axis(name if name.is_unique else name + "|" + name.groupby(name).cumcount().astype(str))
@@ -631,8 +638,8 @@ def pseudobulk(
 ) -> ad.AnnData:  # groups by genes: X mean log1p CP10k; layers mean_sq, se and, from counts, sum; obs n_cells
     "Mean, standard error and sum of each group of cells."
     codes, obs = _groups(adata.obs, [by] if isinstance(by, str) else by, keep)
-    if layer is not None and layer not in adata.layers: raise InputError(f"no layer {layer!r}", "a layer of the table", nearest(layer, adata.layers))
-    if totals is not None and totals not in adata.obs: raise InputError(f"no column {totals!r} in obs", "a column with total counts", nearest(totals, adata.obs))
+    for name, place, have in ((layer, "layers", adata.layers), (totals, "obs", adata.obs)):
+        if name is not None and name not in have: raise InputError(f"no {name!r} in {place}", "a name that is there", nearest(name, have))
     x = adata.X if layer is None else adata.layers[layer]
     total = None if totals is None else adata.obs[totals].to_numpy(float)
     sums = _moments(x, codes, len(obs), _to_log(adata.obs_names, log1p, total, fractional))
@@ -645,16 +652,19 @@ def pseudobulk(
 def _refuse_depth(total: np.ndarray, names: Sequence) -> None:
     "Raise if logged values add up to more than 10,000 counts in a cell."
     for r in np.flatnonzero(total > 10_100)[:1]:
-        raise InputError(f"cell {names[r]!r} adds up to {total[r]:,.0f} after expm1", "10,000 counts or fewer (log1p CP10k)", "scale to 10,000 counts and take the natural log1p")
+        raise InputError(f"cell {names[r]!r} adds up to {total[r]:,.0f} after expm1", "10,000 counts or fewer (log1p CP10k)",
+                         "scale to 10,000 counts and take the natural log1p")
 
 def _to_log(names: Sequence, log1p: bool, total: "np.ndarray | None", fractional: bool) -> Callable:
     "How a block of cells becomes log1p CP10k."
     def logged(block, rows):
-        _refuse(block, names[rows], lambda v: ~((v >= 0) & (v <= LOG_MAX + 1e-5)), f"log1p CP10k from 0 to {LOG_MAX:.2f}", "leave out log1p=True for raw counts")
+        _refuse(block, names[rows], lambda v: ~((v >= 0) & (v <= LOG_MAX + 1e-5)), f"log1p CP10k from 0 to {LOG_MAX:.2f}",
+                "leave out log1p=True for raw counts")
         v = block.astype(float)
         _refuse_depth(np.asarray(_apply(v, np.expm1).sum(1)).ravel(), names[rows])
         return v
-    def raw(block, rows): return log1p_cp10k(block, totals=None if total is None else total[rows], fractional=fractional, names=names[rows])
+    def raw(block, rows):
+        return log1p_cp10k(block, totals=None if total is None else total[rows], fractional=fractional, names=names[rows])
     return logged if log1p else raw
 
 # %% ../../nbs/data/00_schema.ipynb #19e3ceca
@@ -686,8 +696,8 @@ def _match(bulk: ad.AnnData, controls: np.ndarray, floor: int) -> "tuple[pd.Data
 def _controls(obs: pd.DataFrame, name: "str | None") -> np.ndarray:
     "Row numbers of the controls; an error where there are none, or several kinds and no choice."
     kinds = sorted(obs.pert[obs.pert_type == "control"].unique())
-    if not kinds: raise InputError("no row with pert_type control", "control rows to subtract", "keep the controls when you make the pseudobulk")
-    if name is None and len(kinds) > 1: raise InputError(f"several controls ({', '.join(kinds)})", "one kind of control", "choose one with control=")
+    if not kinds: raise InputError("no row with pert_type control", "control rows to subtract", "keep the controls in the pseudobulk")
+    if name is None and len(kinds) > 1: raise InputError(f"several controls ({', '.join(kinds)})", "one kind", "choose one with control=")
     if name is not None and name not in kinds: raise InputError(f"no control {name!r}", "a control of the table", nearest(name, kinds))
     return np.flatnonzero((obs.pert_type == "control") & (obs.pert == (name or kinds[0])))
 
@@ -706,8 +716,9 @@ def delta(
 ) -> ad.AnnData:  # treated rows by genes, layer se; obs control and n_control_cells
     "Mean log1p CP10k of treated minus matched control cells, as a signature table."
     if missing not in ("raise", "drop"): raise InputError(f"missing={missing!r}", "raise or drop", nearest(missing, ["raise", "drop"]))
-    if min_control_cells < 1: raise InputError(f"min_control_cells={min_control_cells}", "1 or more", "give the least number of control cells")
-    if check(bulk, "pseudobulk").uns["perturbnb"]["scale"] != "log1p_cp10k" or not {"mean_sq", "se"} <= set(bulk.layers) or sparse.issparse(bulk.X):
+    if min_control_cells < 1: raise InputError(f"min_control_cells={min_control_cells}", "1 or more", "give a number of cells")
+    scale = check(bulk, "pseudobulk").uns["perturbnb"]["scale"]
+    if scale != "log1p_cp10k" or not {"mean_sq", "se"} <= set(bulk.layers) or sparse.issparse(bulk.X):
         raise InputError("a table without dense mean log1p CP10k, mean_sq and se", "what `pseudobulk` makes", "start from the pseudobulk")
     rows = _controls(bulk.obs, control)
     matched, mean, mean_sq = _match(bulk, rows, min_control_cells)
@@ -738,8 +749,11 @@ def _sealed(path: Path) -> Path:
     "The path, if the file has no seal or is what its seal says."
     with path.open("rb") as f: head = f.read(_BLOCK)
     if head.startswith(_HDF5): return path
-    if not (head.startswith(_SEAL) and len(head) == _BLOCK): raise InputError(f"{path} is not an h5ad file, or its first bytes are damaged", "a signature table as h5ad", "make or fetch the file again")
-    if (head[len(_SEAL):].rstrip(b"\0") != _body_hash(path).encode()): raise ChangedFile(f"{path} is not what was written", "the SHA-256 in its first bytes", "the file is damaged or was edited: make or fetch it again")
+    cure = "the file is damaged or was edited: make or fetch it again"
+    if not (head.startswith(_SEAL) and len(head) == _BLOCK):
+        raise InputError(f"{path} is not an h5ad file, or its first bytes are damaged", "a signature table as h5ad", cure)
+    if head[len(_SEAL):] != _body_hash(path).encode().ljust(_BLOCK - len(_SEAL), b"\0"):
+        raise ChangedFile(f"{path} is not what was written", "the SHA-256 in its first bytes", cure)
     return path
 
 # %% ../../nbs/data/00_schema.ipynb #a59190e6
@@ -759,9 +773,11 @@ def write(
     path = Path(path)
     with atomic_file(path) as part:
         try:
-            with h5py.File(part, "w", userblock_size=_BLOCK) as f: ad.io.write_elem(f, "/", _storable(adata), dataset_kwargs={"compression": "gzip"})
+            with h5py.File(part, "w", userblock_size=_BLOCK) as f:
+                ad.io.write_elem(f, "/", _storable(adata), dataset_kwargs={"compression": "gzip"})
         except (TypeError, ValueError, KeyError, ad._io.specs.registry.IORegistryError) as e:
-            raise InputError(f"{path}: {str(e).splitlines()[0][:120]}", "columns of text and numbers, and plain values in uns", "drop or convert what cannot be stored") from e
+            raise InputError(f"{path}: {str(e).splitlines()[0][:120]}", "columns of text and numbers, and plain values in uns",
+                             "drop or convert what cannot be stored") from e
         seal = (_SEAL + _body_hash(part).encode()).ljust(_BLOCK, b"\0")
         with part.open("r+b") as f: f.write(seal)
     return path
@@ -774,8 +790,9 @@ def _refuse_unsafe(path: Path) -> None:
             link, item = group.get(key, getlink=True), None
             if isinstance(link, h5py.HardLink): item = group[key]
             if isinstance(item, h5py.Group): look(item, limit); continue
-            why = "points elsewhere" if item is None or item.external or item.is_virtual else "claims more than the file can hold" if item.nbytes > limit else ""
-            if why: raise InputError(f"{path}: {group.name.rstrip('/')}/{key} {why}", "a file that holds its own data", "fetch it from its source, or write it again")
+            away = item is None or item.external or item.is_virtual
+            why = "points elsewhere" if away else "claims more than the file can hold" if item.nbytes > limit else ""
+            if why: raise InputError(f"{path}: {group.name.rstrip('/')}/{key} {why}", "a file that holds its own data", "write it again")
     with h5py.File(path, "r") as f: look(f, 1100 * path.stat().st_size)
 
 def read(
@@ -787,5 +804,7 @@ def read(
         _refuse_unsafe(path)
         a = ad.read_h5ad(path)
     except InputError: raise
-    except Exception as e: raise InputError(f"{path} cannot be read as h5ad ({type(e).__name__}: {str(e)[:80]})", "an intact h5ad file", "make or fetch the file again") from e
+    except Exception as e:
+        why = f"{type(e).__name__}: {str(e)[:80]}"
+        raise InputError(f"{path} cannot be read as h5ad ({why})", "an intact h5ad file", "make or fetch the file again") from e
     return check(a, str(path))
