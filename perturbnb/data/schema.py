@@ -280,7 +280,7 @@ _rejoin = lambda v: f"write {join_genes(v.split('+'))!r}"
 def _parts(v: str) -> list: return [p.strip() for p in v.split("+") if p.strip()]
 
 _values("pert_type_known", "a pert_type of PERT_TYPES", _pick("pert_type"),
-        _each(lambda v: v not in _TYPE), "{} is not known", lambda v: nearest(v, _TYPE))
+        _each(lambda v: v not in _TYPE), "{} is not known", lambda v: nearest(v.casefold(), _TYPE))
 _values("pert_separator", "genes joined by + and nothing else", _labels,
         _each(lambda v: any(re.search(r"[\s_,;|/&]", p) for p in _parts(v))), "{} joins genes by another sign",
         "join the sorted genes by +")
@@ -479,7 +479,8 @@ def _(a):
     if v is None or s is None: return
     clash = {"needed": v == "none", "none": v != "none", "either": False}[s.reference]
     if clash or not re.fullmatch(r"[a-z0-9_]+", v):
-        yield _EVERY, f"{_UNS}.reference", f"{v!r} with the scale {s.name}", f"for this scale a reference is: {s.reference}"
+        cure = "name what was subtracted, for example dmso_same_line; a level has the reference none"
+        yield _EVERY, f"{_UNS}.reference", f"{v!r} with the scale {s.name}", cure
 
 @_rule("hash_form", "a SHA-256 in 64 small hexadecimal digits")
 def _(a):
