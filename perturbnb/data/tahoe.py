@@ -307,7 +307,7 @@ def _decode(batch: pa.RecordBatch, row_of: np.ndarray, at) -> "tuple[np.ndarray,
     keep = np.ones(len(token), bool); keep[start[:-1]] = False
     token, value, indptr = token[keep], value[keep], start - np.arange(len(start))
     of_value = lambda i: int(np.searchsorted(indptr, i, "right") - 1)
-    gene = row_of[np.where((token >= 0) & (token < len(row_of)), token, 0)]
+    gene = row_of.take(token, mode="clip")  # both ends of row_of say -1
     refuse(gene < 0, of_value, lambda i: f"token id {token[i]}", "token ids of the gene table (from 3)")
     with np.errstate(invalid="ignore"): count = value.astype("int32")
     refuse((count != value) | (count < 1), of_value, lambda i: f"count {value[i]:g} of token {token[i]}", "whole counts of 1 or more")
@@ -316,8 +316,11 @@ def _decode(batch: pa.RecordBatch, row_of: np.ndarray, at) -> "tuple[np.ndarray,
 # %% ../../nbs/data/01_tahoe.ipynb #71af2b62
 def _check_repeats(indptr: np.ndarray, gene: np.ndarray, at) -> None:
     "Raise for the first cell that names a gene twice."
+    rising = gene[1:] > gene[:-1]
+    first = indptr[(indptr > 0) & (indptr < len(gene))]
+    rising[first - 1] = True  # the last gene of a cell and the first of the next
+    if rising.all(): return
     cell = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    if ((np.diff(gene) > 0) | (np.diff(cell) > 0)).all(): return
     order = np.lexsort((gene, cell))
     twice = (np.diff(gene[order]) == 0) & (np.diff(cell[order]) == 0)
     if twice.any(): raise at(int(cell[order][twice.argmax()]), "a gene listed twice", "each gene once in a cell")
@@ -342,8 +345,8 @@ def _obs(batch: pa.RecordBatch, columns: "Sequence[str]", row: int) -> pd.DataFr
     return obs.set_axis(range(row, row + len(obs)))
 
 def _row_of(genes: pd.DataFrame) -> np.ndarray:
-    "Row in the gene table for each token id, -1 where there is none."
-    row_of = np.full(int(genes["token_id"].max()) + 1, -1, "int32")
+    "Row in the gene table for each token id, -1 where there is none and at both ends."
+    row_of = np.full(int(genes["token_id"].max()) + 2, -1, "int32")
     row_of[genes["token_id"]] = np.arange(len(genes))
     return row_of
 
@@ -353,7 +356,7 @@ def read_shard(
     genes: pd.DataFrame,  # from read_genes
     *,
     columns: "Sequence[str]" = OBS,  # annotation to read
-    batch_rows: int = 4096,  # cells in one piece
+    batch_rows: int = 1024,  # cells in one piece
 ) -> "Iterator[Cells]":  # pieces of the shard, in order
     "The cells of a shard, checked, piece by piece."
     row_of = _row_of(genes)
@@ -369,7 +372,7 @@ def iter_cells(
     genes: pd.DataFrame,  # from read_genes
     *,
     columns: "Sequence[str]" = OBS,  # annotation to read
-    batch_rows: int = 4096,  # cells in one piece
+    batch_rows: int = 1024,  # cells in one piece
 ) -> "Iterator[tuple[pd.DataFrame, csr_matrix]]":  # annotation, raw counts (int32, cells × genes)
     "The cells of a shard as sparse matrices, piece by piece."
     from scipy.sparse import csr_matrix
