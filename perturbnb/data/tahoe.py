@@ -165,9 +165,9 @@ def read_drugs(
     df = _names(path, _table(path, ["drug", "targets", "moa-fine", "canonical_smiles", "pubchem_cid"]), ["drug"])
     _refuse(path, df, df["drug"].duplicated(), "drug", "each drug once", "drop the repeated row")
     _refuse(path, df, is_control(df["drug"]), "drug", "drugs only, not the control", "drop the row")
-    text = {c: df[c].where(df[c].notna() & (df[c] != ""), None) for c in ("targets", "canonical_smiles")}
-    if release: _published(path, drugs=(len(df), 379), structures=(text["canonical_smiles"].notna().sum(), 377))
-    return df.assign(**text, pubchem_cid=pubchem_cid(df["pubchem_cid"]))
+    text = {c: [x.strip() or None if isinstance(x, str) else None for x in df[c]] for c in ("targets", "canonical_smiles")}
+    if release: _published(path, drugs=(len(df), 379), structures=(sum(map(bool, text["canonical_smiles"])), 377))
+    return df.assign(**text, pubchem_cid=pubchem_cid(df["pubchem_cid"])).astype(dict.fromkeys(text, object))
 
 # %% ../../nbs/data/01_tahoe.ipynb #057aaeac
 def drug_targets(
