@@ -7,14 +7,14 @@ __all__ = ['SIZES', 'DOSES', 'DEPTH', 'SPREAD', 'SCHEMA', 'MODEL', 'SIMULATIONS'
            'simulation', 'check_hashes', 'demo_data', 'read_truth']
 
 # %% ../../nbs/data/09_simulate.ipynb #4260a058
-import json, shutil
+import json
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ..core import InputError, MissingFile, OutputError, atomic_folder, nearest, project_root, record_hashes, rng, verified
+from ..core import InputError, MissingFile, OutputError, atomic_folder, nearest, project_root, record_hashes, rng, verified, write_problem
 from . import tahoe
 
 # %% ../../nbs/data/09_simulate.ipynb #ad0bcc96
@@ -192,7 +192,7 @@ def _effects(
         curve = _hill(np.array(DOSES), rng(seed, "ec50", drug["smiles"] or drug["drug"]).lognormal(np.log(0.3), 0.8))
         programme = _programme(seed, drug, genes)
         for j, line in enumerate(lines):
-            stream = rng(seed, "gain", line, drug["moa"])
+            stream = rng(seed, "gain", line, drug["drug"] if drug["moa"] == "unclear" else drug["moa"])
             gain = 0.1 if stream.random() < 1 / 7 else stream.lognormal(0, 0.3)
             out[i, j] = gain * curve[:, None] * programme
     return out
@@ -329,7 +329,7 @@ def _truth(seed: int, drugs: pd.DataFrame, lines: pd.DataFrame, genes: pd.DataFr
     base = _base(seed, lines, len(genes))
     delta = mean_log1p_cp10k(_shares(base[None, :, None] + lfc)) - mean_log1p_cp10k(_shares(base))[None, :, None]
     keys = pd.MultiIndex.from_product([drugs["drug"], ids, DOSES], names=["pert", "cell_line", "dose_um"])
-    obs = keys.to_frame(index=False).merge(drugs.rename(columns={"drug": "pert", "smiles": "smiles"})[["pert", "moa", "targets", "smiles"]])
+    obs = keys.to_frame(index=False).merge(drugs.rename(columns={"drug": "pert"})[["pert", "moa", "targets", "smiles"]])
     obs = obs.assign(pert_type="compound", n_cells=n.reindex(keys, fill_value=0).to_numpy(), smiles=obs["smiles"].fillna(""),
                      targets=[",".join(t) for t in obs["targets"]])
     obs.index = [f"{d}|{c}|{x}" for d, c, x in keys]
@@ -339,12 +339,14 @@ def _truth(seed: int, drugs: pd.DataFrame, lines: pd.DataFrame, genes: pd.DataFr
     return adata
 
 # %% ../../nbs/data/09_simulate.ipynb #843cf314
-MODEL = 1  # raised when the same seed would give other data
+MODEL = 2  # raised when the same seed would give other data
 
 def _check_place(out: Path, overwrite: bool) -> None:
     "Refuse to write over anything that is not a simulated data set."
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
-    ours = (out / "truth/truth.json").is_file() and (out / "SHA256SUMS").is_file()
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
+        ours = (out / "truth/truth.json").is_file() and (out / "SHA256SUMS").is_file()
+    except OSError as e: raise write_problem(e, out) from e
     if ours and overwrite: return
     raise OutputError(f"{out} is there already", "a new folder", "say overwrite to replace this simulated data set" if ours else
                       "choose another folder; this one holds something else and is left alone")
@@ -387,7 +389,7 @@ def _fill_tahoe(out: Path, seed: int, name: str) -> None:
 def simulate_tahoe(
     out: "str | Path",  # folder to make
     seed: int = 0,  # same seed, same bytes (on one machine, with the same versions of the packages)
-    size: str = "small",  # tiny (a second), small (some seconds, 50 MB) or medium (a minute or two, 400 MB)
+    size: str = "small",  # tiny (a second, under 1 MB), small (a few seconds, 20 MB) or medium (half a minute, 145 MB)
     *,
     overwrite: bool = False,  # True: an earlier simulated data set there is replaced
 ) -> Path:  # the folder
@@ -426,7 +428,7 @@ def check_hashes(
 def _current(folder: Path) -> bool:
     "Whether the folder holds demo data of the present model."
     about = folder / "truth/truth.json"
-    return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("model") == MODEL
+    return about.is_file() and json.loads(verified(about).read_text(encoding="utf-8")).get("model") == MODEL
 
 def demo_data(
     name: str = "tahoe",  # a key of SIMULATIONS
@@ -434,7 +436,8 @@ def demo_data(
     "The demo data of that name, made when first asked for and checked each time."
     from filelock import FileLock
     make, folder = simulation(name), project_root() / "data/demo" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try: folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise write_problem(e, folder) from e
     with FileLock(folder.with_name(f".{name}.made.lock")):
         if not _current(folder): make(folder, overwrite=True)
         check_hashes(folder)
