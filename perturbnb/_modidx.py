@@ -155,6 +155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'perturbnb.data.simulate.simulation': ( 'data/simulate.html#simulation',
                                                                                  'perturbnb/data/simulate.py')},
             'perturbnb.data.tahoe': { 'perturbnb.data.tahoe.Cells': ('data/tahoe.html#cells', 'perturbnb/data/tahoe.py'),
+                                      'perturbnb.data.tahoe._annotation': ('data/tahoe.html#_annotation', 'perturbnb/data/tahoe.py'),
                                       'perturbnb.data.tahoe._batches': ('data/tahoe.html#_batches', 'perturbnb/data/tahoe.py'),
                                       'perturbnb.data.tahoe._check_repeats': ('data/tahoe.html#_check_repeats', 'perturbnb/data/tahoe.py'),
                                       'perturbnb.data.tahoe._count_shard': ('data/tahoe.html#_count_shard', 'perturbnb/data/tahoe.py'),

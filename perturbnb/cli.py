@@ -78,12 +78,12 @@ def _check_report(path: Path) -> str:
     return f"{path}: a report of {result['analysis']} with {len(result['metrics'])} metrics and {len(result['artefacts'])} files, all unchanged"
 
 def _check_release(path: Path) -> str:
-    from perturbnb.core import verified
     from perturbnb.data import tahoe
-    tahoe.read_genes(path / "metadata/gene_metadata.parquet"); tahoe.read_drugs(path / "metadata/drug_metadata.parquet")
-    tahoe.read_samples(path / "metadata/sample_metadata.parquet"); tahoe.read_cell_lines(path / "metadata/cell_line_metadata.parquet")
-    shards = [verified(p) for p in tahoe.shards(path)]
-    return f"{path}: a Tahoe release with {len(shards)} shard(s) and its four tables, all unchanged"
+    table = lambda name: path / "metadata" / f"{name}_metadata.parquet"
+    genes, samples = tahoe.read_genes(table("gene")), tahoe.read_samples(table("sample"))
+    tahoe.read_drugs(table("drug")); tahoe.read_cell_lines(table("cell_line"))
+    cells = tahoe.count_cells(path, samples, genes=genes)
+    return f"{path}: a Tahoe release with {len(tahoe.shards(path))} shard(s), {cells['n_cells'].sum():,} cells and its four tables, every cell checked"
 
 @app.command(epilog="Example: perturbnb check reports/demo/imbalance")
 def check(path: Annotated[Path, typer.Argument(help="A report folder, a .h5ad signature table, a release folder, or a table of pair counts.")]):

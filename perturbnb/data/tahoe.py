@@ -413,11 +413,15 @@ def read_cells(
 # %% ../../nbs/data/01_tahoe.ipynb #a1a43e77
 _KEYS = ["drug", "cell_line_id", "plate", "sample"]
 
-def _count_shard(path) -> pd.DataFrame:
+def _annotation(path, genes: "pd.DataFrame | None"):
+    "First row and grouping columns of each piece of a shard; with a gene table its cells are checked too."
+    if genes is None: yield from ((row, batch.to_pandas()) for row, batch in _batches(path, _KEYS, 65536))
+    else: yield from ((piece.obs.index[0], piece.obs) for piece in read_shard(path, genes, columns=_KEYS))
+
+def _count_shard(path, genes: "pd.DataFrame | None" = None) -> pd.DataFrame:
     "Cells of each group in one shard."
     parts = []
-    for row, batch in _batches(path, _KEYS, 65536):
-        df = batch.to_pandas()
+    for row, df in _annotation(path, genes):
         _refuse_null(path, df, row)
         parts.append(df.groupby(_KEYS, sort=False).size())
     return pd.concat(parts).rename("n_cells").reset_index() if parts else pd.DataFrame(columns=[*_KEYS, "n_cells"])
@@ -432,13 +436,14 @@ def count_cells(
     root: "str | Path",  # a data set, or its data/ folder
     samples: "pd.DataFrame | None" = None,  # from read_samples: adds dose_um
     *,
+    genes: "pd.DataFrame | None" = None,  # from read_genes: also decodes and checks every cell
     partial: bool = False,  # True: count only the shards that are there
     progress: bool = True,  # a bar, if it takes more than two seconds
 ) -> pd.DataFrame:  # drug, cell_line_id, plate, sample, (dose_um,) n_cells; sorted by these names
     "Cells of each group, read from the shards."
     from tqdm import tqdm
     bar = tqdm(shards(root, partial=partial), desc="count cells", unit="shard", delay=2, disable=not progress)
-    df = pd.concat([_count_shard(p) for p in bar])
+    df = pd.concat([_count_shard(p, genes) for p in bar])
     df = df.assign(drug=df["drug"].str.strip()).groupby(_KEYS, as_index=False)["n_cells"].sum().astype({"n_cells": "int64"})
     return df if samples is None else add_dose(df, samples)[[*_KEYS, "dose_um", "n_cells"]]
 
