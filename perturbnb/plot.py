@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'SMALL', 'NORMAL', 'CONTROL_GREY', 'OBSERVED', 'ACCENT', 'PALETTE', 'STYLE', 'page', 'count', 'escape',
-           'label', 'caption', 'show_figure', 'show_table', 'rank_plot', 'lorenz_plot', 'tail_plot', 'cluster_order',
-           'heat_map', 'survivors_plot', 'error_plot', 'losses_plot', 'weights_plot']
+           'label', 'interval', 'plain', 'caption', 'show_figure', 'show_table', 'rank_plot', 'lorenz_plot',
+           'tail_plot', 'cluster_order', 'heat_map', 'survivors_plot', 'error_plot', 'losses_plot', 'weights_plot']
 
 # %% ../nbs/plot.ipynb #a850e692
 import html, re
@@ -21,7 +21,7 @@ SMALL, NORMAL = 8, 9  # points
 CONTROL_GREY, OBSERVED, ACCENT = "#8c8c8c", "#1f3b63", "#d55e00"
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # for categories without a meaning of their own
 STYLE = {"font.size": NORMAL, "axes.titlesize": NORMAL, "axes.labelsize": NORMAL, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.linewidth": .6}
+         "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.linewidth": .6, "figure.dpi": 120}
 
 def page(
     rows: int = 1, cols: int = 1,  # panels
@@ -43,7 +43,8 @@ def _counts(axis) -> None:
     "Full numbers on an axis that counts; on a log axis, decades only."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 or v == 0 else f"{v:g}"))
-    if axis.get_scale() == "log": axis.set_major_locator(LogLocator(10, numticks=9)); axis.set_minor_formatter(NullFormatter())
+    narrow = axis.axis_name == "x" and axis.axes.get_window_extent().width / axis.axes.figure.dpi < 2.6
+    if axis.get_scale() == "log": axis.set_major_locator(LogLocator(10, numticks=4 if narrow else 9)); axis.set_minor_formatter(NullFormatter())
 
 def _thresholds(ax, at) -> None:
     "Ticks of a log x axis at the thresholds themselves, leaving out those too close to be read."
@@ -67,8 +68,24 @@ def label(
     longest: int = 28,  # characters; the rest becomes …
 ) -> str:  # safe as a text in a figure
     "A name for a figure: one line, not too long, no formula."
-    plain = " ".join(str(text).split())
+    plain = " ".join(str(text).replace("\u2060", "").split())
     return (plain if len(plain) <= longest else plain[:longest - 1] + "…").replace("\\", "\\\\").replace("$", r"\$")
+
+# %% ../nbs/plot.ipynb #df61112b
+def interval(
+    value: float, low: float, high: float,  # estimate and the ends of its 95 % interval
+    form: str = ",.3f",  # format of each number; ".1%" for shares
+) -> str:  # "0.394 (0.338–0.465)", with spaces that do not break; "–" for a missing estimate
+    "An estimate with its interval, for a table or a sentence."
+    if pd.isna(value): return "–"
+    ends = "no interval" if pd.isna(low) else f"{low:{form}}\u2060–\u2060{high:{form}}"  # word joiners: no break at the dash
+    return f"{value:{form}} ({ends})".replace(" ", "\xa0").replace("%", "\xa0%").replace("\xa0%\u2060–", "\u2060–")
+
+def plain(
+    text: str,  # as made by `interval` or `escape`
+) -> str:  # with ordinary spaces and characters, for a file
+    "Text without unbreakable spaces and without Markdown escapes."
+    return html.unescape(text).replace("\xa0", " ").replace("\u2060", "")
 
 # %% ../nbs/plot.ipynb #e66e1dc1
 def caption(
@@ -117,8 +134,10 @@ def rank_plot(
     ax.set(xscale="log", yscale="log", xlabel=f"rank of the {what}", ylabel="cells")
     _counts(ax.xaxis); _counts(ax.yaxis)
     if not named: return ax
-    for row, ha, dx in ((t.iloc[0], "left", 7), (t.iloc[-1], "right", -7)):
-        ax.annotate(f"{label(row['name'], 20)}\n{count(row.n_cells)}", (row["rank"], row.n_cells), (dx, 0), textcoords="offset points", ha=ha, va="center", fontsize=SMALL)
+    ax.set_ylim(t.n_cells.min() / 1.8, t.n_cells.max() * 2.2)
+    first, last = t.iloc[0], t.iloc[-1]
+    ax.annotate(f"{label(first['name'], 20)}: {count(first.n_cells)}", (1, first.n_cells), (-2, 5), textcoords="offset points", fontsize=SMALL)
+    ax.annotate(f"{label(last['name'], 20)}:\n{count(last.n_cells)}", (len(t), last.n_cells), (-7, 0), textcoords="offset points", ha="right", va="center", fontsize=SMALL)
     return ax
 
 # %% ../nbs/plot.ipynb #60afc17d
@@ -149,6 +168,7 @@ def tail_plot(
         ax.plot(grid, f["law"].sf(grid), color=color, ls=ls, lw=1.3, label=f["family"])
     ax.set(xscale="log", yscale="log", ylim=(.5 / x.size, 1.5), xlabel="cells, x", ylabel="share of classes with at least x cells")
     _counts(ax.xaxis)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
     ax.legend(frameon=False, fontsize=SMALL, loc="lower left")
     return ax
 
@@ -180,18 +200,19 @@ def heat_map(
     control: "str | None" = None,  # column to set apart at the left
     row_names: "dict | None" = None,  # what to write for a row, for example the name of a line
     col_names: bool = False,  # write every column's name, instead of the thinnest and the thickest
+    what: str = "cells of a pair",  # label of the colour bar
 ) -> "matplotlib.axes.Axes":
     "Clustered heat map of counts on a log scale; missing pairs stay white."
     from matplotlib.colors import LogNorm
     t, x, n_left, thick = _blocks(table, rows, cols, value, control)
     seen = x[x > 0]
     if not seen.size: raise InputError("a heat map without cells", "at least one count above 0", f"look at the column {value}")
-    im = ax.imshow(np.ma.masked_less_equal(np.nan_to_num(x), 0), norm=LogNorm(seen.min(), max(seen.max(), seen.min() * 1.01)), cmap="cividis", aspect="auto", interpolation="none")
+    im = ax.imshow(np.ma.masked_less_equal(np.nan_to_num(x), 0), norm=LogNorm(seen.min(), max(seen.max(), seen.min() * 1.01)), cmap="viridis", aspect="auto", interpolation="none")
     ax.set_yticks(range(len(t)), [label((row_names or {}).get(r, r), 22) for r in t.index], fontsize=SMALL)
     ax.tick_params(length=0); ax.spines[:].set_visible(False)
     _name_columns(ax, t, n_left, thick, control, col_names)
     bar = ax.figure.colorbar(im, ax=ax, location="bottom", aspect=50, pad=.015)
-    bar.set_label(f"cells of a pair (log scale; white: none)", fontsize=SMALL); bar.ax.tick_params(labelsize=SMALL); _counts(bar.ax.xaxis)
+    bar.set_label(f"{what} (log scale; white: none)", fontsize=SMALL); bar.ax.tick_params(labelsize=SMALL); _counts(bar.ax.xaxis)
     return ax
 
 # %% ../nbs/plot.ipynb #35e0e85b
@@ -223,7 +244,7 @@ def survivors_plot(
     ax.scatter(table.threshold, table.share_treated, color=OBSERVED, s=22, zorder=3)
     for k, (words, at) in enumerate((marked or {}).items()):
         ax.axvline(at, color=(ACCENT, CONTROL_GREY)[k % 2], lw=1.2, ls=("-", "--")[k % 2])
-        ax.annotate(f"{label(words, 40)}: {count(at)}", (at, .03 + .09 * k), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=SMALL, color="black")
+        ax.annotate(f"{label(words, 40)}: {count(at)}", (at, .04), (-3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=SMALL, rotation=90, ha="right", va="bottom")
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="fewest cells of a pair (threshold)", ylabel="treated pairs that survive")
     _counts(ax.xaxis); _percent(ax.yaxis)
     return ax
@@ -254,7 +275,7 @@ def losses_plot(
     names: "dict | None" = None,  # what to write for a name
     most: int = 8,  # names to write
 ) -> "matplotlib.axes.Axes":
-    "Share of its pairs that each group keeps as the threshold rises; groups lost entirely in orange and named."
+    "Share of its pairs that each group keeps as the threshold rises; groups lost entirely in orange, and named below."
     w = covered.pivot(index="threshold", columns="name", values="share_kept")
     gone = w.columns[(w == 0).any()]
     ax.plot(w.drop(columns=gone), color=OBSERVED, lw=.7, alpha=.5)
@@ -262,8 +283,8 @@ def losses_plot(
     first = (w[gone] == 0).idxmax().sort_values(kind="stable")
     words = [f"{label((names or {}).get(g, g), 24)} (from {count(k)})" for g, k in first.items()]
     more = [f"and {len(words) - most} more"] if len(words) > most else []
-    ax.text(.03, .04, "\n".join(["lost entirely:", *words[:most], *more]) if words else "none is lost entirely", transform=ax.transAxes, fontsize=SMALL, va="bottom")
-    ax.set(xscale="log", ylim=(-.03, 1.03), xlabel="threshold, cells")
+    ax.set_xlabel("\n".join(["threshold, cells", "", *(["lost entirely:", *words[:most], *more] if words else ["none is lost entirely"])]), fontsize=SMALL)
+    ax.set(xscale="log", ylim=(-.03, 1.03))
     ax.set_title(title, fontsize=NORMAL, loc="left")
     _thresholds(ax, w.index); _percent(ax.yaxis)
     return ax
@@ -279,8 +300,7 @@ def weights_plot(
     ax.scatter(effects.effective_q1 / n_pairs, effects.draws_per_cell, c=np.where(grey, CONTROL_GREY, OBSERVED), s=34, zorder=3)
     if "low" in effects: ax.hlines(effects.draws_per_cell, effects.low / n_pairs, effects.high / n_pairs, color=np.where(grey, CONTROL_GREY, OBSERVED).tolist(), lw=1.5)
     for _, r in effects.iterrows():
-        right = r.effective_q1 / n_pairs < (effects.effective_q1 / n_pairs).median()
-        ax.annotate(label(r.scheme), (r.effective_q1 / n_pairs, r.draws_per_cell), (8 if right else -8, 5), textcoords="offset points", fontsize=SMALL, ha="left" if right else "right")
+        ax.annotate(label(r.scheme), (r.effective_q1 / n_pairs, r.draws_per_cell), (0, 6), textcoords="offset points", fontsize=SMALL, ha="center")
     ax.set(yscale="log", xlabel=f"effective share of the {count(n_pairs)} pairs (exp Shannon)", ylabel="draws of each cell of the\nthinnest pair in an epoch")
     _counts(ax.yaxis); _percent(ax.xaxis); ax.margins(.12)
     return ax
