@@ -51,6 +51,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'perturbnb/data/imbalance.py'),
                                           'perturbnb.data.imbalance.coverage': ( 'data/imbalance.html#coverage',
                                                                                  'perturbnb/data/imbalance.py'),
+                                          'perturbnb.data.imbalance.covers': ('data/imbalance.html#covers', 'perturbnb/data/imbalance.py'),
                                           'perturbnb.data.imbalance.effective_number': ( 'data/imbalance.html#effective_number',
                                                                                          'perturbnb/data/imbalance.py'),
                                           'perturbnb.data.imbalance.fit_tail': ( 'data/imbalance.html#fit_tail',

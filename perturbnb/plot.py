@@ -78,7 +78,8 @@ def interval(
 ) -> str:  # "0.394 (0.338–0.465)", with spaces that do not break; "–" for a missing estimate
     "An estimate with its interval, for a table or a sentence."
     if pd.isna(value): return "–"
-    ends = "no interval" if pd.isna(low) else f"{low:{form}}\u2060–\u2060{high:{form}}"  # word joiners: no break at the dash
+    dash = " to " if low < 0 else "\u2060–\u2060"  # word joiners: no break at the dash
+    ends = "no interval" if pd.isna(low) else f"{low:{form}}{dash}{high:{form}}"
     return f"{value:{form}} ({ends})".replace(" ", "\xa0").replace("%", "\xa0%").replace("\xa0%\u2060–", "\u2060–")
 
 def plain(

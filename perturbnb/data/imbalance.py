@@ -7,8 +7,8 @@ __all__ = ['MEASURES', 'FAMILIES', 'WORDS', 'SCHEMES', 'CONDITIONS', 'cell_count
            'effective_number', 'pair_matrix', 'level_counts', 'concentration', 'bootstrap', 'intervals', 'fit_tail',
            'goodness_of_fit', 'vuong', 'compare_tails', 'can_fit', 'power_tail', 'control_cells', 'treated_pairs',
            'survivors', 'coverage', 'losses', 'lost_in_words', 'recommend_threshold', 'largest_lossless',
-           'sampling_weights', 'weight_effects', 'kept_pairs', 'screen_numbers', 'same_counts', 'conditions_of',
-           'condition_survivors', 'plate_controls']
+           'sampling_weights', 'weight_effects', 'kept_pairs', 'screen_numbers', 'same_counts', 'covers',
+           'conditions_of', 'condition_survivors', 'plate_controls']
 
 # %% ../../nbs/data/11_imbalance.ipynb #8fc80108
 import numpy as np
@@ -102,13 +102,13 @@ def bootstrap(
     n_bootstrap: int = 500,  # replicates
     seed: int = 0,  # seed of the resampling
     control: str = CONTROL,  # row that is kept once in every replicate
-) -> pd.DataFrame:  # one row for each replicate, one column for each number
+) -> pd.DataFrame:  # one row for each replicate, one column for each number; no row if there are fewer than two drugs or lines
     "The statistic on matrices with resampled drugs and lines."
     draw = rng(seed, "imbalance", "pigeonhole bootstrap")
     fixed, free = np.flatnonzero(matrix.index == control), np.flatnonzero(matrix.index != control)
-    rows = lambda: np.r_[fixed, draw.choice(free, free.size)] if free.size else fixed
-    out = [statistic(matrix.iloc[rows(), draw.integers(0, matrix.shape[1], matrix.shape[1])]) for _ in range(n_bootstrap)]
-    return pd.DataFrame(out)
+    rows = lambda: np.r_[fixed, draw.choice(free, free.size)]
+    if min(free.size, matrix.shape[1]) < 2: return pd.DataFrame([statistic(matrix)]).iloc[:0]
+    return pd.DataFrame([statistic(matrix.iloc[rows(), draw.integers(0, matrix.shape[1], matrix.shape[1])]) for _ in range(n_bootstrap)])
 
 # %% ../../nbs/data/11_imbalance.ipynb #6a1461df
 def intervals(
@@ -401,6 +401,16 @@ def same_counts(
         r = bad.iloc[0]
         raise InputError(f"{r.drug} on {r.cell_line_id} has {r.n_cells_a:,.0f} cells in {names[0]} and {r.n_cells_b:,.0f} in {names[1]} ({len(bad)} pair(s) differ)",
                          "two counts of the same cells", "give the table that was counted from these shards, or only one of the two")
+
+# %% ../../nbs/data/11_imbalance.ipynb #b60a8339
+def covers(
+    table: pd.DataFrame,  # any table with a column drug
+    pairs: pd.DataFrame,  # the pair table
+    name: str,  # what to call the table
+) -> None:
+    "`InputError` naming the drugs of the pair table that another table of the screen lacks."
+    if lost := sorted(set(pairs.drug) - set(table.drug)):
+        raise InputError(f"{name} has no row for {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''} ({len(lost)} drug(s) of the pair table)", "tables of the same screen", "give the table that belongs to these counts")
 
 # %% ../../nbs/data/11_imbalance.ipynb #5ebf8bb7
 def conditions_of(
