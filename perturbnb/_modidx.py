@@ -322,6 +322,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'perturbnb/report/render.py'),
                                          'perturbnb.report.render._contents': ( 'report/render.html#_contents',
                                                                                 'perturbnb/report/render.py'),
+                                         'perturbnb.report.render._fold_code': ( 'report/render.html#_fold_code',
+                                                                                 'perturbnb/report/render.py'),
                                          'perturbnb.report.render._without_sheets': ( 'report/render.html#_without_sheets',
                                                                                       'perturbnb/report/render.py'),
                                          'perturbnb.report.render.clean_notebook': ( 'report/render.html#clean_notebook',
