@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'perturbnb.core.RunError': ('core.html#runerror', 'perturbnb/core.py'),
                                 'perturbnb.core._aside': ('core.html#_aside', 'perturbnb/core.py'),
                                 'perturbnb.core._exchange': ('core.html#_exchange', 'perturbnb/core.py'),
+                                'perturbnb.core._gpu': ('core.html#_gpu', 'perturbnb/core.py'),
                                 'perturbnb.core._hash_of': ('core.html#_hash_of', 'perturbnb/core.py'),
                                 'perturbnb.core._keep_failed': ('core.html#_keep_failed', 'perturbnb/core.py'),
                                 'perturbnb.core._locked': ('core.html#_locked', 'perturbnb/core.py'),
