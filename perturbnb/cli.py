@@ -43,15 +43,16 @@ def list_(analysis: Annotated[Optional[str], typer.Argument(help="Only this anal
 @app.command(epilog="Example: perturbnb simulate tahoe data/demo/tahoe --seed 1 --size small")
 def simulate(
     dataset: Annotated[str, typer.Argument(help="Which data set to imitate; `perturbnb simulate help .` lists them.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; refused if it holds anything but an earlier simulation.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; refused if it exists, unless --overwrite and an earlier simulation.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     size: Annotated[str, typer.Option(help="tiny, small or medium.")] = "small",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier simulation.")] = False,
 ):
     "Demo data with a known truth, in the format of the real release."
     from perturbnb.core import nearest
     from perturbnb.data.simulate import SIMULATIONS
     if dataset not in SIMULATIONS: raise InputError(f"data set {dataset!r}", "one that can be simulated", nearest(dataset, SIMULATIONS))
-    print(SIMULATIONS[dataset](out, seed=seed, size=size))
+    print(SIMULATIONS[dataset](out, seed=seed, size=size, overwrite=overwrite))
 
 # %% ../nbs/cli.ipynb #822e61ad
 def check_path(
@@ -71,11 +72,15 @@ def check_path(
     raise InputError(f"{path} is none of the kinds that can be checked", "a report, a .h5ad signature table, a release or a count table", "check the path")
 
 def _check_report(path: Path) -> str:
-    from perturbnb.core import verified
+    from perturbnb.core import ChangedFile, file_hash, files_below, recorded_hashes
     from perturbnb.report.results import read_result
-    result = read_result(path)
-    for line in (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines(): verified(path / line.split("  ", 1)[1])
-    return f"{path}: a report of {result['analysis']} with {len(result['metrics'])} metrics and {len(result['artefacts'])} files, all unchanged"
+    result, recorded = read_result(path), recorded_hashes(path)
+    present = {p.relative_to(path).as_posix(): p for p in files_below(path)}
+    if odd := sorted(recorded.keys() ^ present.keys()):
+        raise ChangedFile(f"{path / odd[0]} is {'not recorded in SHA256SUMS' if odd[0] in present else 'missing'}", "the files that the report wrote and no other", "run the analysis again")
+    for name, p in present.items():
+        if file_hash(p) != recorded[name]: raise ChangedFile(f"{p} has another SHA-256", f"{recorded[name][:12]}… as recorded in SHA256SUMS", "run the analysis again")
+    return f"{path}: a report of {result['analysis']} with {len(result['metrics'])} metrics and {len(present)} files, all unchanged"
 
 def _check_release(path: Path) -> str:
     from perturbnb.data import tahoe
@@ -105,6 +110,7 @@ def run_(
     from perturbnb.report.run import run, run_seeds, seed_range
     from perturbnb.report.template import read_given
     given, bar = read_given(parameter, file), sys.stderr.isatty()
+    if jobs != 1 and seeds is None: raise InputError(f"--jobs {jobs} without --seeds", "--seeds 0:5 with it", "leave --jobs out, or name the seeds")
     if seeds is None: print(run(analysis, given, out, kernel, progress=bar) / "report.html")
     else:
         for folder in run_seeds(analysis, seed_range(seeds), given, out, kernel, jobs, progress=bar): print(folder / "report.html")
@@ -132,17 +138,23 @@ def kernels(install: Annotated[bool, typer.Option("--install", help="Register th
         for name, spec in own_kernels().items(): print(f"{name:8s}{spec['display_name']}, CUDA_VISIBLE_DEVICES={spec['env']['CUDA_VISIBLE_DEVICES']!r}")
 
 # %% ../nbs/cli.ipynb #df698c7a
+def _one_line(e: BaseException) -> tuple:
+    "What to print for an error, and the exit status."
+    if isinstance(e, PerturbError): return str(e), 1
+    if hasattr(e, "format_message"): return str(PerturbError(e.format_message(), "", "see perturbnb --help")), 2
+    if isinstance(e, (typer.Abort, KeyboardInterrupt)): return "interrupted", 130
+    if isinstance(e, OSError) and e.filename: return str(PerturbError(f"cannot use {e.filename}: {e.strerror}", "", "see whether the place exists and is yours to read and write")), 1
+    return str(PerturbError(f"unexpected {type(e).__name__}: {str(e)[:300]}", "", "run again with --debug and report it")), 1
+
 def main():
     "Entry point of the command `perturbnb`."
     debug = "--debug" in sys.argv
     sys.argv[1:] = [a for a in sys.argv[1:] if a != "--debug"]
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try: app()
-    except Exception as e:
+    try: sys.exit(app(standalone_mode=False))
+    except (Exception, KeyboardInterrupt) as e:
         if debug: raise
-        from perturbnb.core import write_problem
-        if isinstance(e, OSError) and e.filename and e.errno: e = write_problem(e, e.filename)
-        ours = isinstance(e, PerturbError)
-        line = str(e) if ours else f"unexpected {type(e).__name__}: {' '.join(str(e).split())[:300]}; run again with --debug and report it"
+        line, status = _one_line(e)
         print(f"perturbnb: {line}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(status)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'PerturbError', 'InputError', 'MissingFile', 'ChangedFile', 'OutputError', 'RunError', 'nearest',
            'project_root', 'show_path', 'real_file', 'rng', 'seed_all', 'device', 'file_hash', 'table_hash',
-           'record_hashes', 'recorded_hash', 'verified', 'write_problem', 'atomic_file', 'replace_folder',
-           'atomic_folder', 'environment']
+           'files_below', 'record_hashes', 'recorded_hashes', 'recorded_hash', 'verified', 'write_problem',
+           'atomic_file', 'replace_folder', 'atomic_folder', 'is_failed_build', 'environment']
 
 # %% ../nbs/00_core.ipynb #e7bf25ad
-import ctypes, errno, hashlib, os, platform, random, re, secrets, shutil, subprocess, tempfile
+import ctypes, errno, hashlib, json, os, platform, random, re, secrets, shutil, subprocess, tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -28,8 +28,9 @@ class PerturbError(Exception):
         super().__init__(came, expected, cure)
 
     def __str__(self) -> str:
-        "The three parts as one line, whatever line breaks the parts hold."
-        return " ".join(f"{self.came}; expected {self.expected}; {self.cure}".split())
+        "The parts as one printable line, whatever line breaks and control characters they hold."
+        line = "; ".join([self.came, *([f"expected {self.expected}"] if self.expected else []), *([self.cure] if self.cure else [])])
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.split()))
 
 # %% ../nbs/00_core.ipynb #5b669124
 class InputError(PerturbError, ValueError): "The content of a file, table or parameter is not what it must be."
@@ -50,25 +51,27 @@ def nearest(
     return f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(names) or 'none there'}"
 
 # %% ../nbs/00_core.ipynb #2d095d5a
+def _is_clone(folder: Path) -> bool:
+    ini = folder / "settings.ini"
+    return ini.is_file() and re.search(r"^lib_name\s*=\s*perturbnb\s*$", ini.read_text(encoding="utf-8", errors="replace"), re.M) is not None
+
 def project_root(
     start: "str | Path | None" = None,  # where to begin; the current folder if not given
 ) -> Path:  # absolute path of the root
-    "The folder that paths, `data/` and `reports/` are relative to."
+    "The folder that `data/` and `reports/` are in."
     if env := os.environ.get("PERTURBNB_ROOT"): return Path(env).resolve()
     here = Path(start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        ini = folder / "settings.ini"
-        if ini.is_file() and re.search(r"^lib_name\s*=\s*perturbnb\s*$", ini.read_text(encoding="utf-8"), re.M): return folder
-    return here
+    return next((folder for folder in (here, *here.parents) if _is_clone(folder)), here)
 
 # %% ../nbs/00_core.ipynb #f92b8b1c
 def show_path(
     path: "str | Path",  # any path
-    root: "Path | None" = None,  # the project root if not given
-) -> str:  # relative to the root when inside it, else the bare name
-    "How a report names a file: never a path of one machine."
+    root: "Path | None" = None,  # root of a clone; the project root if not given
+) -> str:  # relative to the clone when inside one, else the bare name
+    "How a report names a file."
     path, root = Path(path).resolve(), Path(root or project_root()).resolve()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    name = path.relative_to(root).as_posix() if _is_clone(root) and path.is_relative_to(root) else path.name
+    return name.encode("utf-8", "backslashreplace").decode()
 
 # %% ../nbs/00_core.ipynb #0df4e65c
 def real_file(
@@ -86,7 +89,8 @@ def rng(
 ) -> "np.random.Generator":  # a generator of its own for this seed and name
     "The random stream that belongs to `seed` and `names`."
     import numpy as np
-    words = np.frombuffer(hashlib.sha256("\x1f".join(names).encode()).digest(), "<u4")
+    if not isinstance(seed, (int, np.integer)) or seed < 0: raise InputError(f"seed {seed!r}", "a whole number of 0 or more", "choose another seed")
+    words = np.frombuffer(hashlib.sha256(json.dumps(names).encode()).digest(), "<u4")
     return np.random.default_rng(np.random.SeedSequence([int(seed), *words.tolist()]))
 
 # %% ../nbs/00_core.ipynb #c5dd38b8
@@ -120,40 +124,71 @@ def file_hash(
     with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #e32f13fa
+def _mark(x) -> str:
+    "A value as text with kind and length."
+    if x is None or x != x: return "-"
+    if hasattr(x, "item"): x = x.item()
+    kind, text = ("t", x) if isinstance(x, str) else ("b", str(x)) if isinstance(x, bool) else ("n", repr(float(x))) if isinstance(x, float) or isinstance(x, int) and abs(x) <= 2**53 else (type(x).__name__, str(x))
+    return f"{kind}{len(text)}:{text}"
+
 def table_hash(
     df: "pd.DataFrame",  # any table; its index is not hashed
-) -> str:  # SHA-256 of a canonical text form
-    "Content hash of a table: names, kinds (number, text, truth value), values and order."
-    import pandas as pd
-    kind = lambda s: "b" if pd.api.types.is_bool_dtype(s) else "n" if pd.api.types.is_numeric_dtype(s) else "t"
-    head = "\x1f".join(f"{c}:{kind(df[c])}" for c in df.columns)
-    body = df.to_csv(index=False, header=False, float_format="%.17g", na_rep="\x00", lineterminator="\n")
-    return hashlib.sha256(f"{head}\n{body}".encode()).hexdigest()
+) -> str:  # SHA-256, 64 hexadecimal digits
+    "Content hash of a table: names, kinds, values and order."
+    digest = hashlib.sha256(f"{len(df)} rows".encode())
+    for name in df.columns:
+        values = df[name].astype(object)
+        digest.update("".join([_mark(name), *map(_mark, values.where(values.notna(), None))]).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #7ae2f4b3
+def files_below(
+    folder: "str | Path",  # any folder
+) -> list:  # paths below it, sorted; hidden files and SHA256SUMS itself excepted
+    "The files whose hashes are recorded."
+    return [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not p.name.startswith(".") and p.name != "SHA256SUMS"]
+
 def record_hashes(
     folder: "str | Path",  # every file below it, hidden ones excepted, is recorded
 ) -> Path:  # the written SHA256SUMS
     "Write `SHA256SUMS` for a folder, sorted by name."
     folder = Path(folder)
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and p.name != "SHA256SUMS"]
+    names = {p.relative_to(folder).as_posix(): p for p in files_below(folder)}
+    if odd := [n for n in names if "\n" in n or "\r" in n]: raise InputError(f"a file named {odd[0]!r}", "names without line breaks", "rename the file")
     with atomic_file(folder / "SHA256SUMS") as tmp:
-        tmp.write_text("".join(f"{file_hash(p)}  {p.relative_to(folder).as_posix()}\n" for p in files), encoding="utf-8")
+        tmp.write_bytes("".join(f"{file_hash(p)}  {n}\n" for n, p in names.items()).encode("utf-8", "surrogateescape"))
     return folder / "SHA256SUMS"
 
 # %% ../nbs/00_core.ipynb #7515b319
+_RECORD = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+@lru_cache(maxsize=64)
+def _parse_hashes(path: str, size: int, mtime_ns: int) -> dict:
+    lines = Path(path).read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    found = [(i, _RECORD.fullmatch(line.rstrip("\r"))) for i, line in enumerate(lines, 1) if line.strip()]
+    for i, m in found:
+        name = m[2].removeprefix("./") if m else ""
+        if not m or name.startswith("/") or ".." in name.split("/"):
+            raise InputError(f"{path}, line {i}: {lines[i - 1][:80]!r}", "a SHA-256, two blanks and a file name below the folder", "record the hashes again")
+    return {m[2].removeprefix("./"): m[1].lower() for _, m in found}
+
+def recorded_hashes(
+    folder: "str | Path",  # a folder that holds SHA256SUMS
+) -> dict:  # file name relative to the folder -> SHA-256; empty where nothing is recorded
+    "What a folder's `SHA256SUMS` says."
+    path = Path(folder) / "SHA256SUMS"
+    if not path.is_file(): return {}
+    stat = path.stat()
+    return _parse_hashes(str(path), stat.st_size, stat.st_mtime_ns)
+
+# %% ../nbs/00_core.ipynb #4b6e379f
 def recorded_hash(
     path: "str | Path",  # a file
 ) -> "str | None":  # its recorded SHA-256, or None when no SHA256SUMS above names it
     "What the nearest `SHA256SUMS` in the folders above says of a file."
     path = Path(path).resolve()
-    for folder in path.parents:
-        try: lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-        except OSError: continue  # no record in this folder: look further up
-        rows = (line.split(maxsplit=1) for line in lines if line.strip())
-        for h, name in (r for r in rows if len(r) == 2):
-            if name.lstrip("*").removeprefix("./") == path.relative_to(folder).as_posix(): return h.lower()
-    return None
+    names = ((recorded_hashes(folder), path.relative_to(folder).as_posix()) for folder in path.parents)
+    return next((hashes[name] for hashes, name in names if name in hashes), None)
 
 # %% ../nbs/00_core.ipynb #72b3e184
 @lru_cache(maxsize=65536)
@@ -201,6 +236,7 @@ def atomic_file(
 ):
     "Yields a neighbouring path to write to; it takes the final name only when the block ends well."
     path = Path(path)
+    if path.exists() and not path.is_file(): raise OutputError(f"{path} is not a regular file", "a file that can be replaced", "choose another name")
     tmp = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,12 +274,19 @@ def _sweep(path: Path) -> None:
     if _aside(path).exists():
         if path.exists(): shutil.rmtree(_aside(path), ignore_errors=True)
         else: os.rename(_aside(path), path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"): shutil.rmtree(left, ignore_errors=True)
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.tmp")  # and not those of a neighbour with a similar name
+    for left in [p for p in path.parent.iterdir() if ours.fullmatch(p.name)]: shutil.rmtree(left, ignore_errors=True)
+
+def _probe(path: Path) -> None:
+    "Make the parent and see that it can be written: a place that cannot must not look like a place in use."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent): pass
+    except OSError as e: raise write_problem(e, path) from e
 
 @contextmanager
 def _locked(path: Path):
     from filelock import FileLock, Timeout
-    with tempfile.TemporaryFile(dir=path.parent): pass  # a place that cannot be written must not look like a place in use
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try: lock.acquire(timeout=0)
     except Timeout: raise OutputError(f"{path} is being written by another run", "a folder of its own for each run",
@@ -258,23 +301,38 @@ def atomic_folder(
     failed: "str | Path | None" = None,  # where a failed build is left for inspection; removed if not given
 ):
     "Yields an empty hidden folder; it takes the final name only when the block ends well."
-    path = Path(path).resolve()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(path).resolve()
+        _probe(path)
         with _locked(path):
             _sweep(path)
             tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
             tmp.mkdir()
             try: yield tmp; replace_folder(tmp, path)
-            except BaseException:
-                if failed is not None: _keep_failed(tmp, Path(failed))
+            except BaseException as e:
+                if failed is not None: _keep_failed(tmp, Path(failed), e)
                 raise
             finally: shutil.rmtree(tmp, ignore_errors=True)
-    except OSError as e: raise write_problem(e, path) from e
+    except OSError as e:
+        if e.errno not in _CURES: raise  # something the block tried to read, say, and its own business
+        raise write_problem(e, path) from e
+    except RuntimeError as e:
+        if "Symlink loop" not in str(e): raise
+        raise OutputError(f"{path} is a loop of symbolic links", "a folder", "choose another folder") from None
 
-def _keep_failed(tmp: Path, failed: Path) -> None:
+# %% ../nbs/00_core.ipynb #fb046a37
+def is_failed_build(
+    folder: "str | Path",  # any path
+) -> bool:  # True for what a failed build left
+    "Whether a folder may be replaced because a failed build left it."
+    return (Path(folder) / "FAILED.txt").is_file()
+
+def _keep_failed(tmp: Path, failed: Path, error: BaseException) -> None:
+    if (failed.exists() and not is_failed_build(failed)) or not any(tmp.iterdir()): return
+    try: (tmp / "FAILED.txt").write_text(f"{error}\n", encoding="utf-8", errors="replace")
+    except OSError: (tmp / "FAILED.txt").touch()  # the disk is full; an empty mark may still fit
     shutil.rmtree(failed, ignore_errors=True)
-    if any(tmp.iterdir()): os.rename(tmp, failed)
+    os.rename(tmp, failed)
 
 # %% ../nbs/00_core.ipynb #d4e8e921
 PACKAGES = ("perturbnb", "numpy", "pandas", "scipy", "pyarrow", "anndata", "matplotlib", "torch", "papermill")

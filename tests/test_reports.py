@@ -136,7 +136,7 @@ def test_full_disk(report, fails, toy, counts, tmp_path, cli):
 def test_unwritable_output(fails, toy, counts, tmp_path):
     (tmp_path / "file").write_text("x")
     fails("run", toy(), "-p", f"counts={counts}", "--out", tmp_path / "file" / "report", words=["file, not a folder"])
-    fails("run", toy(), "-p", f"counts={counts}", "--out", tmp_path / "file", words=["is a file"])
+    fails("run", toy(), "-p", f"counts={counts}", "--out", tmp_path / "file", words=["is not a folder"])
     fails("run", toy(), "-p", f"counts={counts}", "--out", "/proc/report", words=["cannot write"])
 
 
@@ -154,7 +154,7 @@ def test_folder_of_yours_is_never_replaced(fails, toy, counts, tmp_path):
     ("seed=__import__('os').system('touch pwned')", ["parameter seed"]),
     ("seed = 0\nopen('pwned', 'w')\nx=1", ["parameter seed="]),
     ("open('pwned', 'w'); x=1", ["a parameter of toy"]),
-    ("counts=nowhere.csv", ["no file or folder nowhere.csv"]),
+    ("counts=nowhere.csv", ["no file or folder 'nowhere.csv'"]),
     ("counts", ["key=value"]),
 ])
 def test_parameter_is_refused_before_a_kernel_starts(fails, toy, tmp_path, given, words):
@@ -192,3 +192,69 @@ def test_help_and_list_are_light():
             "for a in (['--help'], ['list']): assert CliRunner().invoke(app, a).exit_code == 0\n"
             "print([m for m in ('numpy', 'pandas', 'papermill', 'torch', 'matplotlib', 'anndata', 'scipy', 'pyarrow') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}).stdout.strip() == "[]"
+
+
+def test_dollars_and_braces_are_plain_characters(cli, toy, counts, tmp_path):
+    text = "$HOME ${PATH} $$5 {seed} {{x}}"
+    path = toy("toy", parameters='counts: "Path" = ""\nseed: int = 0\nnote: str = ""')
+    odd = tmp_path / "a b:{seed} $HOME [x]"
+    odd.mkdir()
+    shutil.copy(path, odd / "toy.ipynb")
+    done = cli("run", odd / "toy.ipynb", "-p", f"counts={counts}", "-p", f"note={text}", "--out", odd / "out.{nope}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((odd / "out.{nope}/results.json").read_text())["parameters"]["note"] == text
+    assert sorted(p.name for p in odd.iterdir() if not p.name.endswith(".lock")) == ["out.{nope}", "toy.ipynb"]
+
+
+def test_neighbours_do_not_disturb_each_other(toy, counts, tmp_path):
+    slow, quick = toy("slow", "import time; time.sleep(6)"), toy("quick")
+    first = subprocess.Popen([*CLI, "run", str(slow), "-p", f"counts={counts}", "--out", str(tmp_path / "c.v2")], stderr=subprocess.PIPE, text=True)
+    while not leftovers(tmp_path / "c.v2"): time.sleep(0.1)
+    subprocess.run([*CLI, "run", str(quick), "-p", f"counts={counts}", "--out", str(tmp_path / "c")], check=True, capture_output=True)
+    assert first.poll() is None, "the slow run must still be running, else this proves nothing"
+    assert first.wait() == 0, first.stderr.read()
+
+
+def test_nothing_of_yours_is_removed(report, fails, toy, counts, tmp_path):
+    out, _ = report
+    shutil.copytree(out, out / "seed0")
+    fails("run", toy(), "-p", f"counts={counts}", "--out", out, words=["seed0", "did not write"])
+    fails("run", toy(), "-p", f"counts={counts}", "--out", out, "--seeds", "0:2", words=["is a report"])
+    (tmp_path / "own.failed").mkdir(); (tmp_path / "own.failed/thesis.tex").write_text("…")
+    fails("run", toy(), "-p", f"counts={counts}", "--out", tmp_path / "own", words=["own.failed", "not left by a failed run"])
+    assert (tmp_path / "own.failed/thesis.tex").is_file()
+
+
+def test_stopped_seeds_stop(toy, counts, tmp_path):
+    slow = toy("toy", "import time; time.sleep(20)")
+    process = subprocess.Popen([*CLI, "run", str(slow), "-p", f"counts={counts}", "--seeds", "0:4", "--jobs", "2", "--out", str(tmp_path / "many")], stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("many/.seed1.*.tmp/.work")): time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=15) != 0
+    assert not list(tmp_path.glob("many/seed?")) and not list(tmp_path.glob("many/.seed*.tmp"))
+
+
+@pytest.mark.parametrize("change", ["SHA256SUMS emptied", "line taken out", "file added", "foreign line", "garbage line"])
+def test_check_sees_a_tampered_record(report, fails, change):
+    out, _ = report
+    sums = out / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    if change == "SHA256SUMS emptied": sums.write_text("")
+    if change == "line taken out": sums.write_text("".join(l for l in lines if "report.html" not in l))
+    if change == "file added": (out / "extra.txt").write_text("x")
+    if change == "foreign line": sums.write_text("".join([*lines, f"{'0' * 64}  ../toy/report.html\n"]))
+    if change == "garbage line": sums.write_text("".join([*lines, "garbage\n"]))
+    fails("check", out)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "{torn", "[" * 100_000, '{"cells": [1]}'], ids=range(6))
+def test_notebook_that_is_none(fails, tmp_path, content):
+    (tmp_path / "bad.ipynb").write_text(content)
+    fails("run", tmp_path / "bad.ipynb", "--out", tmp_path / "out", words=["bad.ipynb"])
+
+
+def test_usage_errors_are_one_line(cli):
+    for args in (["nosuch"], ["run"], ["run", "imbalance", "--jobs", "x"], ["run", "imbalance", "-p"]):
+        done = cli(*args)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("perturbnb: "), done.stderr

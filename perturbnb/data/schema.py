@@ -391,7 +391,10 @@ def _blocks(x) -> "Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]":
     rows = max(1, 2**22 // max(1, x.shape[1]))
     for a in range(0, x.shape[0], rows):
         block = x[a:a + rows]
-        yield a, sparse.csr_matrix(block) if sparse.issparse(block) else np.asarray(block)
+        if not sparse.issparse(block): yield a, np.asarray(block); continue
+        block = sparse.csr_matrix(block, copy=True)
+        block.sum_duplicates()  # a value stored in two parts is one value
+        yield a, block
 
 def _offences(x, bad: Callable) -> "Iterator[tuple[int, int, float, int]]":
     "Row, first column, its value and the number of offending values, for each row that has one."
@@ -613,6 +616,7 @@ def _keys(obs: pd.DataFrame, by: Sequence[str], keep: Sequence[str]) -> pd.DataF
 
 def _groups(obs: pd.DataFrame, by: Sequence[str], keep: Sequence[str]) -> "tuple[np.ndarray, pd.DataFrame]":
     "Group number of each cell, and a row for each group."
+    if not len(by) or len(set(by)) < len(by): raise InputError(f"by = {list(by)}", "different columns of obs, at least one", "name what makes a group")
     groups = _keys(obs, by, keep).groupby(list(by), sort=True)
     codes, table = groups.ngroup().to_numpy(), groups.size().rename("n_cells").reset_index()
     first = np.unique(codes, return_index=True)[1]
@@ -642,12 +646,13 @@ def pseudobulk(
     for name, place, have in ((layer, "layers", adata.layers), (totals, "obs", adata.obs)):
         if name is not None and name not in have: raise InputError(f"no {name!r} in {place}", "a name that is there", nearest(name, have))
     x = adata.X if layer is None else adata.layers[layer]
-    total = None if totals is None else adata.obs[totals].to_numpy(float)
+    if x is None: raise InputError("these cells have no X", "counts in X or in a layer", "name the layer: layer='counts'")
+    total = None if totals is None else pd.to_numeric(adata.obs[totals], errors="coerce").to_numpy(float)
     sums = _moments(x, codes, len(obs), _to_log(adata.obs_names, log1p, total, fractional))
     n = obs.n_cells.to_numpy()[:, None]
     mean, mean_sq = sums["log"] / n, sums["square"] / n
     layers = {"mean_sq": mean_sq, "se": standard_error(mean, mean_sq, obs.n_cells), **({} if log1p else {"sum": sums["sum"]})}
-    meta = {"scale": "log1p_cp10k", "reference": "none", "source": source, "hash": hash or content_hash(adata)}
+    meta = {"scale": "log1p_cp10k", "reference": "none", "source": source, "hash": hash or content_hash(adata if layer is None else ad.AnnData(x, adata.obs, adata.var))}
     return ad.AnnData(mean, obs, adata.var.copy(), uns={"perturbnb": meta}, layers=layers)
 
 def _refuse_depth(total: np.ndarray, names: Sequence) -> None:

@@ -69,12 +69,28 @@ def _open(path) -> "tuple[Path, str]":
     return path, "Parquet" if path.suffix.lower() in (".parquet", ".pq") else "CSV"
 
 # %% ../../nbs/data/01_tahoe.ipynb #653a1dfa
+def _once(path, names: list) -> None:
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise InputError(f"{path} has the column {twice[0]!r} twice", "each column once", "drop or rename one of them")
+
+def _parquet(path) -> pd.DataFrame:
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    _once(path, file.schema_arrow.names)
+    return file.read().to_pandas(ignore_metadata=True)
+
+def _csv(path) -> pd.DataFrame:
+    "A CSV as text."
+    if b"\0" in path.read_bytes(): raise InputError(f"{path} cannot be read as CSV (it holds NUL bytes)", "text in UTF-8", "save the table as CSV in UTF-8")
+    read = lambda **kw: pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **kw)
+    _once(path, read(header=None, nrows=1).iloc[0].tolist())
+    return read()
+
+# %% ../../nbs/data/01_tahoe.ipynb #3473300d
 def _table(path, columns: "Sequence[str]") -> pd.DataFrame:
     "A small table, CSV (as text) or Parquet by suffix, known to hold rows and the named columns."
     path, kind = _open(path)
     with _reading(path, kind):
-        if kind == "Parquet": df = pq.ParquetFile(path, page_checksum_verification=True).read().to_pandas(ignore_metadata=True)
-        else: df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        df = _parquet(path) if kind == "Parquet" else _csv(path)
     for c in columns:
         if c not in df: raise InputError(f"{path} has no column {c!r}", f"columns {', '.join(columns)}",
                                          f"rename or add it ({nearest(c, [str(x)[:40] for x in df.columns[:20]])})")
@@ -153,7 +169,8 @@ def pubchem_cid(
     values: "Sequence",  # numbers, texts such as "1923.0", or missing
 ) -> pd.Series:  # whole numbers (Int64), missing where there was none
     "PubChem compound numbers from either form in which the release writes them."
-    return pd.to_numeric(pd.Series(values), errors="coerce").round().astype("Int64")
+    n = pd.to_numeric(pd.Series(values), errors="coerce")
+    return n.where(n.abs() < 2**53).round().astype("Int64")
 
 # %% ../../nbs/data/01_tahoe.ipynb #3d3d0319
 def read_drugs(
@@ -189,6 +206,7 @@ def read_cell_lines(
 ) -> pd.DataFrame:  # cell_name, Cell_ID_DepMap (None if there is none), cell_line_id, Organ
     "The cell lines, one row each."
     df = _table(path, ["cell_name", "Cell_ID_DepMap", "Cell_ID_Cellosaur", "Organ"]).rename(columns={"Cell_ID_Cellosaur": "cell_line_id"})
+    for c in ("Cell_ID_DepMap", "Organ"): _refuse(path, df, [isinstance(x, (list, np.ndarray)) for x in df[c]], c, "text", "write one name")
     df = _names(path, df, ["cell_name", "cell_line_id"]).replace({"Cell_ID_DepMap": {"NA": None, "": None, np.nan: None}})
     lines = df[_LINE].drop_duplicates(ignore_index=True)
     _refuse(path, lines, lines["cell_line_id"].duplicated(), "cell_line_id", "one name, organ and DepMap number for each line", "make its rows agree")
@@ -208,8 +226,9 @@ def _only(path, lines: pd.DataFrame, in_use: "Iterable[str]") -> pd.DataFrame:
 def _counts(path, keys: "list[str]") -> pd.DataFrame:
     "A table of names and n_cells: whole numbers of 0 or more, each combination of names once."
     df = _names(path, _table(path, [*keys, "n_cells"]), keys)
-    n = pd.to_numeric(df["n_cells"], errors="coerce")
-    _refuse(path, df, ~(n >= 0) | (n % 1 != 0) | (n > 2**53), "n_cells", "a whole number of cells, 0 or more", "correct the row, or count again with count_cells")
+    plain = [isinstance(x, (int, float, str)) and not isinstance(x, bool) for x in df["n_cells"].tolist()]  # no dates, truth values or bytes
+    n = pd.to_numeric(df["n_cells"].where(plain), errors="coerce")
+    _refuse(path, df, ~(n >= 0) | (n % 1 != 0) | (n > 1e12), "n_cells", "a whole number of cells, 0 or more", "correct the row, or count again with count_cells")
     _refuse(path, df, df.duplicated(keys), keys[-1], f"each {' and '.join(keys)} once", "drop or add up the repeated row")
     return df[keys].assign(n_cells=n.astype("int64"))
 
@@ -284,7 +303,6 @@ OBS = ("drug", "sample", "BARCODE_SUB_LIB_ID", "cell_line_id", "plate")  # annot
 def _list_column(batch: pa.RecordBatch, name: str, at) -> "tuple[np.ndarray, np.ndarray]":
     "Begin of each cell and the values of a list column, without a copy."
     col = batch.column(name)
-    if not (pa.types.is_list(col.type) or pa.types.is_large_list(col.type)): raise at(0, f"{name} is {col.type}", "a list for each cell")
     if col.null_count: raise at(int(np.argmax(col.is_null().to_numpy(zero_copy_only=False))), f"{name} is missing", "a list for each cell")
     start = col.offsets.to_numpy()
     value = col.values.slice(start[0], start[-1] - start[0])
@@ -326,13 +344,24 @@ def _check_repeats(indptr: np.ndarray, gene: np.ndarray, at) -> None:
     if twice.any(): raise at(int(cell[order][twice.argmax()]), "a gene listed twice", "each gene once in a cell")
 
 # %% ../../nbs/data/01_tahoe.ipynb #62fab71a
+_ITEMS = {"genes": pa.types.is_integer, "expressions": lambda t: pa.types.is_integer(t) or pa.types.is_floating(t)}
+
+def _check_type(path, name: str, kind: pa.DataType) -> None:
+    "Raise unless a column of a shard has the kind of values that the release has."
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if name in _ITEMS and not (is_list and _ITEMS[name](kind.value_type)): raise InputError(f"{path}: column {name} is {kind}", "a list of numbers for each cell", "fetch or make the shard again")
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if name not in _ITEMS and not (pa.types.is_string(text) or pa.types.is_large_string(text)): raise InputError(f"{path}: column {name} is {kind}", "text", "fetch or make the shard again")
+
 def _batches(path, columns: "Sequence[str]", size: int):
     "Pieces of a Parquet file with these columns, page checksums verified; each with the number of its first row."
     path, row = _open(path)[0], 0
     with _reading(path, "Parquet"):
         file = pq.ParquetFile(path, page_checksum_verification=True)
+        _once(path, file.schema_arrow.names)
         for c in columns:
             if c not in file.schema_arrow.names: raise InputError(f"{path} has no column {c!r}", f"columns {', '.join(columns)}", nearest(c, file.schema_arrow.names))
+            _check_type(path, c, file.schema_arrow.field(c).type)
         for batch in file.iter_batches(batch_size=size, columns=list(columns)):
             if batch.num_rows: yield row, batch
             row += batch.num_rows
@@ -427,8 +456,9 @@ def _count_shard(path, genes: "pd.DataFrame | None" = None) -> pd.DataFrame:
     return pd.concat(parts).rename("n_cells").reset_index() if parts else pd.DataFrame(columns=[*_KEYS, "n_cells"])
 
 def _refuse_null(path, df: pd.DataFrame, row: int) -> None:
-    if (missing := df.isna().any(axis=1).to_numpy()).any():
-        i = int(missing.argmax()); column = df.columns[df.iloc[i].isna()][0]
+    empty = df.isna() | (df.apply(lambda c: c.str.strip()) == "")
+    if (missing := empty.any(axis=1).to_numpy()).any():
+        i = int(missing.argmax()); column = df.columns[empty.iloc[i]][0]
         raise InputError(f"{path}, row {row + i + 1}: {column} is missing", "a name", "fetch or make the shard again")
 
 # %% ../../nbs/data/01_tahoe.ipynb #646f3aaf

@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'find_runs', 'group_names', 'metric_table', 'paired_differences', 'compare']
 
 # %% ../../nbs/report/05_compare.ipynb #24083b8b
-import json
+import json, os
 from pathlib import Path
 
 from ..core import InputError
@@ -18,7 +18,7 @@ def find_runs(
 ) -> dict:  # path as given (or found below it) -> checked result
     "Every run below the given folders, in sorted order."
     runs = {}
-    for path in map(Path, paths):
+    for path in dict.fromkeys(Path(os.path.normpath(p)) for p in paths):
         below = sorted(p.parent for p in path.glob("*/results.json") if not p.parent.name.startswith("."))
         if (path / "results.json").is_file() or not below: below = [path]
         runs.update({str(p): read_result(p) for p in below})

@@ -21,6 +21,8 @@ def machine_places(
     places = {sysconfig.get_paths()["purelib"]: "<packages>", sys.prefix: "<python>", sys.base_prefix: "<python>",
               str(project_root()): "<project>", str(Path.cwd()): "<here>", tempfile.gettempdir(): "<temporary>", str(Path.home()): "<home>"}
     both = {**{str(Path(p).resolve()): w for p, w in places.items()}, **places, **(extra or {})}
+    home = f"{Path.home()}/"
+    both |= {f"~/{p.removeprefix(home)}": w for p, w in both.items() if p.startswith(home)}  # as IPython writes them
     return {p: both[p] for p in sorted(both, key=len, reverse=True) if len(p) > 1 and p != "/usr"}
 
 def without_places(
@@ -51,6 +53,7 @@ def clean_notebook(
         cell["id"] = cell["id"] if "injected-parameters" not in cell.metadata.get("tags", []) else "injected-parameters"
         cell["metadata"] = {k: v for k, v in cell.metadata.items() if k == "tags"}
         for out in cell.get("outputs", []):
+            if "metadata" in out: out["metadata"] = {}  # a size or a style of a picture: nothing that a page needs
             if out.get("name") == "stderr": out["text"] = _PROGRESS.sub("", out["text"]).replace("\r", "\n").strip("\n")
             out.update(_clean_text(dict(out), places))
         if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if o.get("text") != ""]

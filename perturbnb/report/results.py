@@ -33,6 +33,8 @@ _split = _object({"name": _text, "hash": _maybe(_hash), "sizes": {"type": "objec
                   "audit": {"type": "array", "items": _text, "minItems": 1}})
 _fact = {"type": ["number", "string", "boolean", "null", "array"]}
 
+_environment = _object({"python": _text, "system": _text, "packages": {"type": "object", "additionalProperties": _text}}, gpu=_text, driver=_text)
+
 SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "perturbnb result, version 1", **_object({
     "format": {"const": "perturbnb-result/1"}, "analysis": _text, "parameters": {"type": "object"},
     "seeds": {"type": "array", "items": {"type": "integer"}}, "kernel": _text,
@@ -40,7 +42,7 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "p
     "facts": {"type": "object", "additionalProperties": _fact}, "metrics": {"type": "array", "items": METRIC},
     "comparisons": {"type": "array", "items": COMPARISON},
     "verdict": {"type": "array", "items": _object({"question": _text, "answer": _text}), "minItems": 1},
-    "artefacts": {"type": "object", "additionalProperties": _hash}, "environment": {"type": "object"}})}
+    "artefacts": {"type": "object", "additionalProperties": _hash}, "environment": _environment})}
 
 # %% ../../nbs/report/00_results.ipynb #cab01e04
 def _row_problems(kind: str, i: int, row: dict) -> list:
@@ -84,8 +86,9 @@ class Result:
         folder: "str | Path | None" = None,  # where to write; the runner's folder if not given
     ):
         scratch = project_root() / "reports" / ".scratch" / analysis
-        shown = json.loads(os.environ.get("PERTURBNB_PARAMETERS", "{}"))  # as the runner names them: files without their folders
         self.folder = Path(folder or os.environ.get("PERTURBNB_REPORT_DIR") or scratch)
+        given = self.folder / ".work" / "parameters.json"  # from the runner: files without their folders
+        shown = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else {}
         self.record = dict(format="perturbnb-result/1", analysis=analysis, parameters={**_plain(parameters), **shown}, seeds=list(map(int, seeds)),
                            kernel=os.environ.get("PERTURBNB_KERNEL", "interactive"), data=[], split=[], facts={}, metrics=[],
                            comparisons=[], verdict=[], artefacts={}, environment=environment())
@@ -226,6 +229,8 @@ def write(self: Result) -> Path:  # the written results.json
     return self.folder / "results.json"
 
 # %% ../../nbs/report/00_results.ipynb #56c38a05
+def _no_constant(name: str): raise ValueError(f"{name} is no JSON value")
+
 def read_result(
     path: "str | Path",  # a report folder, or a results.json
 ) -> dict:  # the checked record
@@ -233,8 +238,8 @@ def read_result(
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     if not path.is_file(): raise MissingFile(f"no {path}", "a report folder with results.json", "run the analysis again")
-    try: record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise InputError(f"{path} is not JSON ({e})", "a results.json", "run the analysis again") from None
+    try: record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e: raise InputError(f"{path} is not JSON ({str(e)[:80]})", "a results.json", "run the analysis again") from None
     if found := problems(record): raise InputError(f"{path}: {found[0]}", "the result contract", "run the analysis again")
     for name, want in record["artefacts"].items():
         if not (path.parent / name).is_file() or file_hash(path.parent / name) != want:

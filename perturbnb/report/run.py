@@ -6,12 +6,12 @@
 __all__ = ['run', 'seed_range', 'run_seeds']
 
 # %% ../../nbs/report/04_run.ipynb #da8e270e
-import json, os, secrets, shutil, time
+import json, os, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core import InputError, OutputError, PerturbError, RunError, atomic_file, atomic_folder, project_root, record_hashes, show_path, write_problem
-from .kernels import add_run_kernel, find_kernel
+from ..core import InputError, OutputError, PerturbError, RunError, atomic_file, atomic_folder, files_below, is_failed_build, project_root, record_hashes, recorded_hashes, show_path
+from .kernels import find_kernel, run_kernel
 from .render import clean_notebook, machine_places, render
 from .results import dump, read_result
 from .template import Template, check_values, find_template
@@ -36,8 +36,9 @@ def _execute(template: Template, values: dict, kernel: str, out: Path, cwd: Path
     import logging, papermill
     from nbclient.exceptions import DeadKernelError
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised below, on one line
+    literal = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill would put parameters into braces
     try:
-        nb = papermill.execute_notebook(str(template.path), str(out), parameters=values, kernel_name=kernel, language="python", progress_bar=progress,
+        nb = papermill.execute_notebook(literal(template.path), literal(out), parameters=values, kernel_name=kernel, language="python", progress_bar=progress,
                                         resources={"metadata": {"path": str(cwd)}}, raise_on_iopub_timeout=False)
     except papermill.PapermillExecutionError as e: raise _cell_failure(template, e) from None
     except (DeadKernelError, RuntimeError) as e:
@@ -50,21 +51,26 @@ def _execute(template: Template, values: dict, kernel: str, out: Path, cwd: Path
     return nb
 
 # %% ../../nbs/report/04_run.ipynb #6eee3e96
-_OURS = {"InputError", "MissingFile", "ChangedFile", "OutputError", "SchemaError", "RunError"}
+_OURS = {"InputError", "MissingFile", "ChangedFile", "OutputError", "SchemaError", "RunError"}  # their text already is our one line
 
 def _cell_failure(template: Template, error) -> RunError:
     "One line from papermill's account of a failed cell."
-    if error.ename in _OURS and (parts := str(error.evalue).split("; ")) and len(parts) >= 3:
-        return RunError(f"{template.name}: {parts[0]}", parts[1].removeprefix("expected "), "; ".join(parts[2:]))
+    if error.ename in _OURS: return RunError(f"{template.name}: {error.evalue}", "", "")
     if error.ename == "SystemExit": return RunError(f"{template.name} ended early by sys.exit({error.evalue})", "a run of every cell", "take out the exit")
     line = " ".join(f"{error.ename}: {error.evalue}".split())[:300]
     return RunError(f"{template.name}: cell {error.cell_index + 1} failed with {line}", "a run of every cell", "open the notebook in the .failed folder")
 
 # %% ../../nbs/report/04_run.ipynb #1b973335
 def _check_out(out: Path) -> None:
-    if out.is_file(): raise OutputError(f"{out} is a file", "a folder for the report", "choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not ((out / "results.json").is_file() and (out / "report.ipynb").is_file()):
+    "Refuse to replace anything but an earlier report that holds what it wrote and nothing else."
+    failed = out.with_name(out.name + ".failed")
+    if failed.exists() and not is_failed_build(failed): raise OutputError(f"{failed} exists and was not left by a failed run", "that name free for a failed run", "rename it, or choose another --out")
+    if out.exists() and not out.is_dir(): raise OutputError(f"{out} is not a folder", "a folder for the report", "choose another --out")
+    if not out.is_dir() or not any(out.iterdir()): return
+    if not ((out / "results.json").is_file() and (out / "report.ipynb").is_file()):
         raise OutputError(f"{out} exists and is not a report", "a new folder or an earlier report", "choose another --out; nothing was touched")
+    if yours := [p for p in files_below(out) if p.relative_to(out).as_posix() not in recorded_hashes(out)]:
+        raise OutputError(f"{out} holds {yours[0].relative_to(out)}, which the report did not write", "a report and nothing else", "move it away, or choose another --out; nothing was touched")
 
 def _shown(values: dict, template: Template) -> dict:
     return {n: show_path(v) if v and template.parameters[n].type == "Path" else v for n, v in values.items()}
@@ -83,7 +89,7 @@ def _finish(nb, folder: Path, template: Template, values: dict, kernel: str, pla
 
 # %% ../../nbs/report/04_run.ipynb #807a88cf
 @contextmanager
-def _failure_kept(folder: Path, failed: Path, places: dict):
+def _failure_kept(folder: Path, places: dict):
     "When a run fails, leave the notebook so far without machine places, and no more than was there."
     try: yield
     except BaseException:
@@ -96,6 +102,16 @@ def _failure_kept(folder: Path, failed: Path, places: dict):
         raise
     finally: shutil.rmtree(folder / ".work", ignore_errors=True)
 
+def _build(template: Template, values: dict, spec: dict, folder: Path, places: dict, progress: bool) -> None:
+    "Execute a template into a folder and finish the report there."
+    start, work, kernel = time.time(), folder / ".work", spec["env"]["PERTURBNB_KERNEL"]
+    linked = _link_inputs(values, template, work)
+    (work / "parameters.json").write_text(json.dumps(_shown(values, template)), encoding="utf-8")
+    env = dict(PERTURBNB_REPORT_DIR=str(folder), PERTURBNB_ROOT=str(project_root()), PYTHONUNBUFFERED="1")
+    with run_kernel(spec, env) as name: nb = _execute(template, linked, name, folder / "report.ipynb", work, progress)
+    _finish(nb, folder, template, values, kernel, places)
+    (folder / "timing.json").write_text(dump({"started": start, "seconds": round(time.time() - start, 3)}))
+
 def run(
     analysis: str,  # name of an analysis, or path of a notebook of your own
     given: "dict | None" = None,  # parameter -> text or typed value
@@ -106,55 +122,66 @@ def run(
     "Check, execute and publish one report; an error leaves an earlier report as it was."
     template = find_template(analysis)
     values, spec = check_values(template, given or {}), find_kernel(kernel)
-    out = Path(out or project_root() / "reports" / template.name).expanduser().resolve()
+    out = Path(os.path.abspath(Path(out or project_root() / "reports" / template.name).expanduser()))
     _check_out(out)
-    with atomic_folder(out, failed=out.with_name(out.name + ".failed")) as folder:
-        places, start = machine_places({str(folder): "<report>", str(out): "<report>"}), time.time()
-        with _failure_kept(folder, out, places):
-            linked = _link_inputs(values, template, folder / ".work")
-            env = dict(PERTURBNB_REPORT_DIR=str(folder), PERTURBNB_ROOT=str(project_root()), PERTURBNB_PARAMETERS=json.dumps(_shown(values, template)), PYTHONUNBUFFERED="1")
-            name = add_run_kernel(spec, secrets.token_hex(6), env, folder / ".work" / "jupyter")
-            nb = _execute(template, linked, name, folder / "report.ipynb", folder / ".work", progress)
-            _finish(nb, folder, template, values, spec["env"]["PERTURBNB_KERNEL"], places)
-            (folder / "timing.json").write_text(dump({"started": start, "seconds": round(time.time() - start, 3)}))
+    failed = out.with_name(out.name + ".failed")
+    with atomic_folder(out, failed=failed) as folder:
+        places = machine_places({str(folder): "<report>", str(out): "<report>"})
+        with _failure_kept(folder, places): _build(template, values, spec, folder, places, progress)
         record_hashes(folder)
-    shutil.rmtree(out.with_name(out.name + ".failed"), ignore_errors=True)
+    shutil.rmtree(failed, ignore_errors=True)
     return out
 
 # %% ../../nbs/report/04_run.ipynb #bb29fcb4
 def seed_range(
     text: str,  # "0:5" for 0 to 4, or "1,7,9", or "3"
-) -> list:  # the seeds
+) -> list:  # the seeds, 1,000 at most
     "The seeds that a text names."
     try:
-        if ":" in text: low, high = map(int, text.split(":")); seeds = list(range(low, high))
+        if ":" in text: low, high = map(int, text.split(":")); seeds = list(range(low, min(high, low + 1001)))
         else: seeds = [int(s) for s in text.split(",")]
     except ValueError: seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {text!r}", "distinct whole numbers of 0 or more, as 0:5 or 1,7,9", "write --seeds 0:5")
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds) or len(seeds) > 1000:
+        raise InputError(f"--seeds {text[:80]!r}", "1 to 1,000 distinct whole numbers of 0 or more, as 0:5 or 1,7,9", "write --seeds 0:5")
     return seeds
 
 # %% ../../nbs/report/04_run.ipynb #93e7d5cb
+def _end_kernels(base: Path) -> None:
+    "End the kernels of this process that build reports below a folder."
+    import psutil
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if Path(child.environ().get("PERTURBNB_REPORT_DIR", "/")).is_relative_to(base): child.kill()
+        except psutil.Error: continue  # it ended by itself
+
+def _pool_results(pool, futures: dict, base: Path, progress: bool) -> dict:
+    "Seed -> folder or error, as the reports end."
+    from concurrent.futures import as_completed
+    from tqdm.auto import tqdm
+    try: return {futures[f]: f.exception() or f.result() for f in tqdm(as_completed(futures), "reports", len(futures), disable=not progress)}
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        _end_kernels(base)
+        raise
+
 def run_seeds(
     analysis: str,  # name of an analysis with a parameter `seed`
     seeds: "Sequence[int]",  # one report for each
     given: "dict | None" = None,  # further parameters
-    out: "str | Path | None" = None,  # folder that holds seed0/, seed1/, …
+    out: "str | Path | None" = None,  # folder that holds seed0/, seed1/, …; reports/<analysis>.seeds if not given
     kernel: str = "cpu",  # as for `run`
     jobs: int = 1,  # reports at the same time
     progress: bool = False,  # a bar over the reports
 ) -> list:  # the finished report folders, in the order of the seeds
     "One report for each seed; `RunError` after all have ended if any failed."
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-    from tqdm.auto import tqdm
+    from concurrent.futures import ThreadPoolExecutor
     template = find_template(analysis)
     check_values(template, {**(given or {}), "seed": seeds[0]})
     if jobs < 1: raise InputError(f"--jobs {jobs}", "1 or more", "write --jobs 2")
-    base = Path(out or project_root() / "reports" / template.name)
+    base = Path(os.path.abspath(Path(out or project_root() / "reports" / f"{template.name}.seeds").expanduser()))
+    if (base / "results.json").exists(): raise OutputError(f"{base} is a report", "a folder for several reports", "choose another --out")
     one = lambda s: run(analysis, {**(given or {}), "seed": s}, base / f"seed{s}", kernel)
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(one, s): s for s in seeds}
-        done = {futures[f]: f.exception() or f.result() for f in tqdm(as_completed(futures), "reports", len(seeds), disable=not progress)}
+    with ThreadPoolExecutor(jobs) as pool: done = _pool_results(pool, {pool.submit(one, s): s for s in seeds}, base, progress)
     if bad := {s: e for s, e in sorted(done.items()) if isinstance(e, BaseException)}:
         raise RunError(f"{len(bad)} of {len(seeds)} reports failed: " + " | ".join(f"seed {s}: {e}" for s, e in bad.items()), "every report to end", "mend the first and run again")
     return [done[s] for s in seeds]

@@ -51,15 +51,19 @@ def parse_parameters(
     source: str,  # code of the cell tagged `parameters`
 ) -> dict:  # name -> Parameter, in the order of the cell
     "The parameters that a cell declares; a line that declares none is an error."
-    comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                if t.type == tokenize.COMMENT}
+    try:
+        comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, tokenize.TokenError) as e: raise InputError(f"the parameter cell is not Python ({e})", "name: type = default  # meaning", "correct the cell") from None
     out = {}
-    for node in ast.parse(source).body:
+    for node in body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
             raise InputError(f"line {node.lineno} of the parameter cell: {ast.unparse(node)[:60]}", "name: type = default  # meaning", "rewrite the line")
         kind = ast.unparse(node.annotation).strip("'\"")
         if kind not in TYPES: raise InputError(f"parameter {node.target.id} has type {kind}", f"one of {', '.join(TYPES)}", "change the annotation")
-        out[node.target.id] = Parameter(node.target.id, kind, ast.literal_eval(node.value), **_limits(comments.get(node.end_lineno, "")))
+        try: default = ast.literal_eval(node.value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): raise InputError(f"parameter {node.target.id} = {ast.unparse(node.value)[:60]}", "a plain value as default", "write the value out") from None
+        out[node.target.id] = Parameter(node.target.id, kind, default, **_limits(comments.get(node.end_lineno, "")))
     return out
 
 # %% ../../nbs/report/01_template.ipynb #badde812
@@ -91,18 +95,27 @@ def _inside(p: Parameter, x) -> bool:
     low, high, low_in, high_in = p.interval
     return (x >= low if low_in else x > low) and (x <= high if high_in else x < high)
 
+def _short(x) -> str: return text if len(text := repr(x)) <= 80 else f"{text[:77]}…"
+
+def _existing(p: Parameter, value: str) -> str:
+    try:
+        path = Path(value).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError): path, there = value, False  # no such user, a NUL byte, a name too long
+    if not there: raise MissingFile(f"parameter {p.name}: no file or folder {_short(value)}", "an existing path", "check the path")
+    return str(path)
+
 def value_of(
     p: Parameter,  # the declaration
     x,  # text from the command line, or a typed value
 ):  # a value of the declared type
     "The value that was given, checked; `InputError` says what is allowed."
     try: value = [_scalar(p.type[5:-1], v) for v in _items(x)] if p.type.startswith("list") else _scalar(p.type, x)
-    except (ValueError, TypeError): raise InputError(f"parameter {p.name}={x!r}", p.allowed, p.help or "give another value") from None
+    except (ValueError, TypeError, OverflowError): raise InputError(f"parameter {p.name}={_short(x)}", p.allowed, p.help or "give another value") from None
+    if value == []: raise InputError(f"parameter {p.name} is an empty list", p.allowed, "give at least one value")
     if not all(_inside(p, v) for v in (value if isinstance(value, list) else [value])):
-        raise InputError(f"parameter {p.name}={x!r} is out of range", p.allowed, p.help or "give another value")
-    if p.type == "Path" and value and not Path(value).expanduser().exists():
-        raise MissingFile(f"parameter {p.name}: no file or folder {value}", "an existing path", "check the path")
-    return str(Path(value).expanduser()) if p.type == "Path" and value else value
+        raise InputError(f"parameter {p.name}={_short(x)} is out of range", p.allowed, p.help or "give another value")
+    return _existing(p, value) if p.type == "Path" and value else value
 
 # %% ../../nbs/report/01_template.ipynb #bfe20d42
 @dataclass(frozen=True)
@@ -122,8 +135,11 @@ def read_template(
 ) -> Template:
     "Name, question and parameters of an analysis."
     path = Path(path)
-    try: nb = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise InputError(f"{path} cannot be read ({e})", "a Jupyter notebook", "check the file") from None
+    try:
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        _cells(nb, "code"), _cells(nb, "markdown")
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as e:
+        raise InputError(f"{path} cannot be read as a notebook ({type(e).__name__}: {str(e)[:80]})", "a Jupyter notebook", "check the file") from None
     head = next((s for s, _ in _cells(nb, "markdown")), "")
     line = lambda mark: next((l[len(mark):].strip() for l in head.splitlines() if l.startswith(mark)), "")
     source = next((s for s, tags in _cells(nb, "code") if "parameters" in tags), "")
@@ -174,7 +190,8 @@ def read_given(
     if yaml_file:
         if not Path(yaml_file).is_file(): raise MissingFile(f"no file {yaml_file}", "a YAML file of parameters", "check the path")
         try: given = yaml.safe_load(Path(yaml_file).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f"{yaml_file}: {e}", "YAML with name: value", "correct the file") from None
+        except (yaml.YAMLError, OSError, ValueError, AttributeError, TypeError, RecursionError) as e:  # PyYAML lets odd tags fail in many ways
+            raise InputError(f"{yaml_file}: {str(e)[:200] or type(e).__name__}", "YAML with name: value", "correct the file") from None
         if not isinstance(given, dict): raise InputError(f"{yaml_file} holds a {type(given).__name__}", "YAML with name: value", "correct the file")
     for a in assignments:
         if "=" not in a: raise InputError(f"-p {a!r}", "key=value", "write -p key=value")
