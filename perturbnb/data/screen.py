@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Inputs', 'read_counts', 'read_conditions', 'read_inputs', 'Screen', 'measure_screen', 'sizes',
-           'cells_of', 'rank_tables', 'treated_counts', 'Laws', 'fit_laws', 'sampling_effects']
+           'cells_of', 'rank_tables', 'marked_thresholds', 'treated_counts', 'Laws', 'fit_laws', 'sampling_effects']
 
 # %% ../../nbs/data/11a_screen.ipynb #7272d129
 from dataclasses import dataclass, field
@@ -92,7 +92,8 @@ def read_inputs(
     for name, t in (("sample_metadata", samples), ("cell_grid", conditions)):
         if t is not None: im.covers(t, pairs, name)
     names = {c: c if lines is None or c not in lines else f"{c} {lines[c]}" for c in pairs.cell_line_id.unique()}
-    rows = ((pair_counts, pairs), (shards, range(pairs.n_cells.sum())), (drug_file, moa), (sample_file, samples), (cell_grid, conditions), (line_file, lines))
+    cells = range(pairs.n_cells.sum())  # of shards the cells are counted, of tables the rows
+    rows = ((pair_counts, pairs), (shards, cells), (drug_file, moa), (sample_file, samples), (cell_grid, conditions), (line_file, lines))
     return Inputs(pairs, moa, samples, conditions, names, {str(path): len(t) for path, t in rows if path}, demo)
 
 # %% ../../nbs/data/11a_screen.ipynb #0ca48f67
@@ -166,6 +167,14 @@ def rank_tables(
     control = pd.DataFrame({"name": [CONTROL], "n_cells": [pairs.n_cells[pairs.drug == CONTROL].sum()], "is_control": [True]})
     return {"drug": pd.concat([tidy(cells_of(screen, "drug")), control]), "cell line": tidy(cells_of(screen, "cell_line_id")),
             "pair": pairs.assign(name=pairs.drug, is_control=pairs.drug == CONTROL)}
+
+# %% ../../nbs/data/11a_screen.ipynb #a9a16098
+def marked_thresholds(
+    screen: Screen,
+) -> dict:  # words -> threshold
+    "The thresholds that a figure points at."
+    published = {"published": PUBLISHED} if screen.chosen != PUBLISHED else {}
+    return ({"chosen": screen.chosen} if screen.chosen > 1 else {}) | published
 
 # %% ../../nbs/data/11a_screen.ipynb #76cbc790
 def treated_counts(

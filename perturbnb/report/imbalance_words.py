@@ -6,14 +6,15 @@
 __all__ = ['LEVELS', 'counted', 'none_or', 'listed', 'name_of', 'estimate', 'groups_in_words', 'cost', 'nearly_lost', 'share_at',
            'enough_sentence', 'thinnest_line_sentence', 'published_sentence', 'uneven_sentence', 'ends_sentence',
            'law_sentence', 'law_sentences', 'tail_sentence', 'weights_sentence', 'answers', 'plates_of_drugs',
-           'source_in_words', 'bare_plates']
+           'source_in_words', 'condition_sentence', 'moa_note', 'bare_plates']
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #d64e4d0f
 import pandas as pd
 
 from .. import plot
 from ..data.imbalance import WORDS
-from ..data.screen import PUBLISHED, Laws, Screen, cells_of, sampling_effects, sizes
+from ..data.screen import PUBLISHED, Laws, Screen, cells_of, sampling_effects
+from ..data.tahoe import is_control
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #8a59b2df
 def counted(
@@ -139,7 +140,7 @@ def thinnest_line_sentence(screen: Screen) -> str:
 def published_sentence(screen: Screen) -> str:
     "What does the published threshold cost?"
     pairs = int(screen.survivors.set_index("threshold").n_pairs[PUBLISHED])
-    kept = share_at(screen, PUBLISHED, f"; {counted(pairs, 'pair')} with the control")
+    kept = share_at(screen, PUBLISHED, f"; {counted(pairs, 'pair')} if the control is counted")
     return f"The threshold of {PUBLISHED:,} cells that the drug-ranking project published keeps {kept}; {cost(screen, PUBLISHED)}."
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #e52622e6
@@ -176,7 +177,7 @@ def law_sentence(
     best, fits = table.family[0], table.family[table.ks_p >= .05].tolist()
     close = table.family[1:][~(table.low[1:] > 0)].tolist()
     near = f"but is not clearly nearer than {listed(close, 'or')}" if close else "and is clearly nearer than each other law"
-    verdict = f"{listed(fits)} cannot be rejected (p ≥ 0.05)" if fits else f"yet none of the five fits (p < 0.05 for each; KS distance of {best} {table.ks[0]:.3f})"
+    verdict = f"{listed(fits)} cannot be rejected (p ≥ 0.05)" if fits else f"none of the five fits (p < 0.05 for each; KS distance of {best} {table.ks[0]:.3f})"
     return f"{LEVELS[level][1].capitalize()} (n = {table.n[0]:,}): {best} has the best AIC {near}; {verdict}."
 
 def law_sentences(laws: Laws) -> list:
@@ -225,7 +226,6 @@ def plates_of_drugs(
     samples: pd.DataFrame,  # sample, plate, drug, from `read_samples`
 ) -> str:  # "12 drugs are on 1 plate, 246 on 3 and 1 on 14"
     "How many plates the drugs are on."
-    from perturbnb.data.tahoe import is_control
     n = samples[~is_control(samples.drug)].groupby("drug").plate.nunique().value_counts().sort_index()
     first, *rest = [(drugs, plates) for plates, drugs in n.items()]
     head = f"{counted(first[0], 'drug')} {'is' if first[0] == 1 else 'are'} on {counted(first[1], 'plate')}"
@@ -239,6 +239,25 @@ def source_in_words(
     gap = int(screen.inputs.conditions.n_cells.sum() - screen.inputs.pairs.n_cells.sum())
     if gap == 0: return "the same as in the pair table"
     return f"{abs(gap):,} {'more' if gap > 0 else 'fewer'} than in the pair table{', since the cell grid counts cells of any quality' if gap > 0 else ''}"
+
+# %% ../../nbs/report/07_imbalance_words.ipynb #cce4d3b0
+def condition_sentence(
+    screen: Screen,
+    deep: pd.DataFrame,  # from `condition_survivors`
+) -> str:
+    "How the single conditions fare at the chosen threshold, compared with the pairs."
+    share = deep[deep.threshold == screen.chosen].set_index("level").share_kept
+    pair, single = share.iloc[0], share.iloc[-1]
+    thin = ": a model that learns doses must learn from thinner examples than the pair table promises" if single < pair else ""
+    return f"At {counted(screen.chosen, 'cell')}, {100 * pair:.1f} % of the pairs survive and {100 * single:.1f} % of the single conditions{thin}."
+
+def moa_note(screen: Screen) -> str:
+    "Where the MoA classes come from; empty if none are followed."
+    if screen.inputs.moa is None: return ""
+    drugs = screen.treated.drug.unique()
+    unclear = int((screen.inputs.moa.reindex(drugs) == "unclear").sum())
+    return (f" MoA classes are the fine ones of the drug table, assigned by a language model; {none_or(unclear)} of {counted(len(drugs), 'drug')} "
+            f"{'is' if unclear == 1 else 'are'} in the class unclear.")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #56eebe1f
 def bare_plates(
