@@ -92,8 +92,8 @@ MEASURES = {"gini": gini, "top_1pct": lambda x: top_share(x, .01), "top_5pct": l
 def concentration(
     matrix: pd.DataFrame,  # drugs by lines, cells
 ) -> dict:  # (level, measure) -> value
-    "Every measure of unevenness at each of the three levels."
-    return {(level, name): f(x) for level, x in level_counts(matrix).items() for name, f in MEASURES.items()}
+    "Every measure of unevenness at each of the three levels; NaN where there are no cells."
+    return {(level, name): f(x) if x.any() else np.nan for level, x in level_counts(matrix).items() for name, f in MEASURES.items()}
 
 # %% ../../nbs/data/11_imbalance.ipynb #d8081a55
 def bootstrap(

@@ -71,7 +71,9 @@ def groups_in_words(
     for r in screen.losses[screen.losses.threshold == threshold].itertuples():
         if not (who := [name_of(screen, w) for w in getattr(r, column)]): continue
         shown = ", ".join(who[:most]) + (f" and {len(who) - most:,} more" if len(who) > most else "")
-        parts.append(f"{len(who):,} of {counted(r.n_groups, *WORDS[r.kind])} ({shown})")
+        one, many = WORDS[r.kind]
+        everyone = f"all {r.n_groups:,} {many}" if r.n_groups > 1 else f"the only {one} ({shown})"
+        parts.append(everyone if len(who) == r.n_groups else f"{len(who):,} of {r.n_groups:,} {many} ({shown})")
         n += len(who)
     return parts, n > 1
 
@@ -109,18 +111,19 @@ def share_at(
     "How many treated pairs have so many cells, with the interval of their share."
     n = int(screen.survivors.set_index("threshold").n_treated[threshold])
     share = estimate(screen, "survivors", threshold, ".1%", spelled=True).replace("\xa0(", ", ").rstrip(")")
-    return f"{n:,} of {counted(len(screen.treated), 'treated pair')} ({share}{extra})"
+    return f"{n:,} of {len(screen.treated):,} treated pairs ({share}{extra})"
 
 def enough_sentence(screen: Screen) -> str:
     "Which pairs have enough cells?"
     limit, given = screen.options["max_error"], screen.options["min_cells"]
     if not (screen.rule or given):
-        good = int((screen.treated.error <= limit).sum())
-        return (f"No offered threshold meets the rule (standard error at most {limit:g}), so all {counted(len(screen.kept), 'treated pair')} with any cell "
-                f"{'is' if len(screen.kept) == 1 else 'are'} kept; {none_or(good)} of them {'have' if good > 1 else 'has'} so small an error.")
+        good, n = int((screen.treated.error <= limit).sum()), len(screen.kept)
+        text = f"No offered threshold meets the rule (standard error at most {limit:g}), so "
+        if n == 1: return f"{text}the only treated pair with any cell is kept."
+        return f"{text}all {n:,} treated pairs with any cell are kept; {none_or(good)} of them {'have' if good > 1 else 'has'} so small an error."
     near = nearly_lost(screen, screen.chosen)
     join = "" if not near else ", but " if not groups_in_words(screen, screen.chosen)[0] else "; "
-    text = (f"{share_at(screen, screen.chosen)} {'has' if len(screen.treated) == 1 else 'have'} at least {counted(screen.chosen, 'cell')}, the threshold that "
+    text = (f"{share_at(screen, screen.chosen)} {'has' if len(screen.kept) == 1 else 'have'} at least {counted(screen.chosen, 'cell')}, the threshold that "
             f"{'was given' if given else 'the rule chose'}; {cost(screen, screen.chosen)}{join}{near}.")
     return text if not given else text + f" The rule would have chosen {f'{screen.rule:,}' if screen.rule else 'none of the offered thresholds'}."
 
@@ -128,14 +131,15 @@ def enough_sentence(screen: Screen) -> str:
 def thinnest_line_sentence(screen: Screen) -> str:
     "Which line is the thinnest, and what does it keep?"
     cells = cells_of(screen, "cell_line_id")
-    thin, total = cells.index[0], int(cells.sum())
-    at = screen.coverage[(screen.coverage.kind == "cell_line") & (screen.coverage.name == thin)].set_index("threshold")
-    keeps = lambda k: none_or(at.n_kept[k])
-    of = f"of its {counted(int(at.n_pairs.iloc[0]), 'treated pair')}"
-    rest = "the published threshold" if screen.chosen == PUBLISHED else f"and {keeps(PUBLISHED)} at the published {PUBLISHED:,}"
-    which = "The only line is" if len(cells) == 1 else "The thinnest line is"
-    return (f"{which} {name_of(screen, thin)} with {int(cells.iloc[0]):,} of {total:,} cells ({100 * cells.iloc[0] / total:.3g} %). "
-            f"It keeps {keeps(screen.chosen)} {of} at {counted(screen.chosen, 'cell')}{', ' if screen.chosen == PUBLISHED else ' '}{rest}.")
+    name, has = name_of(screen, cells.index[0]), f"{int(cells.iloc[0]):,} of {int(cells.sum()):,} cells ({100 * cells.iloc[0] / cells.sum():.3g} %)"
+    first = f"The only line is {name} with {has}" if len(cells) == 1 else f"The thinnest line is {name} with {has}"
+    if len(cells) > 1 and cells.nunique() == 1: first = f"No line is thinner than another; {name}, the first of them, has {has}"
+    at = screen.coverage[(screen.coverage.kind == "cell_line") & (screen.coverage.name == cells.index[0])].set_index("threshold")
+    n = int(at.n_pairs.iloc[0])
+    keeps = lambda k: f"{none_or(at.n_kept[k])} of its {n:,} treated pairs" if k == screen.chosen else none_or(at.n_kept[k])
+    if n == 1: return f"{first}. Its only treated pair has {counted(int(screen.treated.n_cells[screen.treated.cell_line_id == cells.index[0]].iloc[0]), 'cell')}."
+    if screen.chosen == PUBLISHED: return f"{first}. It keeps {keeps(PUBLISHED)} at {PUBLISHED:,} cells, the published threshold."
+    return f"{first}. It keeps {keeps(screen.chosen)} at {counted(screen.chosen, 'cell')} and {keeps(PUBLISHED)} at the published {PUBLISHED:,}."
 
 def published_sentence(screen: Screen) -> str:
     "What does the published threshold cost?"
@@ -160,6 +164,7 @@ def ends_sentence(screen: Screen) -> str:
     n = screen.treated.n_cells
     low, mid, high = n.min(), n.median(), n.max()
     if low == high: return "All treated pairs have the same number of cells." if len(n) > 1 else "There is a single treated pair."
+    if low and high < 1.05 * low: return f"All treated pairs have nearly the same number of cells, {low:,} to {high:,}."
     if mid == 0: return f"Half of the treated pairs or more have no cell; the thickest has {counted(int(high), 'cell')}."
     up = f"The thickest treated pair has {_times(high / mid)} the cells of the median pair"
     if low == 0: return f"{up}, the thinnest has none."
