@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
@@ -11,6 +12,18 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 version = re.search(r'__version__\s*=\s*"([^"]+)"', (here / "perturbnb" / "__init__.py").read_text(encoding="utf-8")).group(1)
 packages = sorted({".".join(p.parent.relative_to(here).parts) for p in (here / "perturbnb").rglob("*.py")})
+
+
+
+class BuildWithTemplates(build_py):
+    "The papermill templates are notebooks under nbs/: a wheel carries them as perturbnb/analysis/*.ipynb."
+    def run(self):
+        super().run()
+        target = Path(self.build_lib) / "perturbnb" / "analysis"
+        for notebook in [] if self.editable_mode else sorted((here / "nbs" / "analysis").glob("*.ipynb")):
+            self.mkpath(str(target))
+            self.copy_file(str(notebook), str(target / notebook.name))
+
 
 setup(
     name=cfg["lib_name"],
@@ -22,10 +35,9 @@ setup(
     license=cfg["license"],
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
-    # the papermill templates are notebooks under nbs/: a wheel carries them as perturbnb/analysis/*.ipynb
-    packages=[*packages, "perturbnb.analysis"],
-    package_dir={"perturbnb": "perturbnb", "perturbnb.analysis": "nbs/analysis"},
-    package_data={"perturbnb.analysis": ["*.ipynb"]},
+    packages=packages,
+    package_dir={"": "."},
+    cmdclass={"build_py": BuildWithTemplates},
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["perturbnb=perturbnb._modidx:d"]},

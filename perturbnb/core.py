@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'PerturbError', 'InputError', 'MissingFile', 'ChangedFile
            'atomic_folder', 'environment']
 
 # %% ../nbs/00_core.ipynb #e7bf25ad
-import ctypes, errno, hashlib, os, platform, random, re, secrets, shutil, tempfile
+import ctypes, errno, hashlib, os, platform, random, re, secrets, shutil, subprocess, tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -279,10 +279,20 @@ def _keep_failed(tmp: Path, failed: Path) -> None:
 # %% ../nbs/00_core.ipynb #d4e8e921
 PACKAGES = ("perturbnb", "numpy", "pandas", "scipy", "pyarrow", "anndata", "matplotlib", "torch", "papermill")
 
+def _gpu(
+    command: "Sequence[str]" = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+) -> dict:  # {"gpu": …, "driver": …}, or nothing where this process sees no GPU
+    "Name and driver of the GPU that `CUDA_VISIBLE_DEVICES` leaves to this process."
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or shutil.which(command[0]) is None: return {}
+    done = subprocess.run([*command, "-i", visible.split(",")[0]], capture_output=True, text=True, timeout=30)
+    name, _, driver = done.stdout.strip().partition(", ")
+    return {"gpu": name, "driver": driver} if driver else {}
+
 def environment(
     packages: "Sequence[str]" = PACKAGES,  # distributions whose versions matter
-) -> dict:  # {"python": …, "system": …, "packages": {name: version}}
+) -> dict:  # {"python": …, "system": …, "packages": {name: version}}, on a GPU kernel also "gpu" and "driver"
     "Versions that matter to a result; packages that are not installed are left out."
     have = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", **_gpu(),
             "packages": {p: have[p] for p in packages if p in have}}

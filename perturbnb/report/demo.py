@@ -17,7 +17,7 @@ from .template import templates
 
 # %% ../../nbs/report/06_demo.ipynb #4ab44f67
 def _card(name: str, question: str, result: dict) -> str:
-    answers = "".join(f"<dt>{escape(q)}</dt><dd>{escape(a)}</dd>" for q, a in result["verdict"].items())
+    answers = "".join(f"<dt>{escape(v['question'])}</dt><dd>{escape(v['answer'])}</dd>" for v in result["verdict"])
     numbers = [(k, v) for k, v in sorted(result["facts"].items()) if k.startswith("n_") and isinstance(v, (int, float))][:6]
     facts = " · ".join(f"{escape(k.removeprefix('n_').replace('_', ' '))} {v:,}" for k, v in numbers)
     source = ", ".join(dict.fromkeys(escape(d["path"]) for d in result["data"]))

@@ -82,14 +82,26 @@ def _body(nb) -> str:
     return exporter.from_notebook_node(_without_sheets(nb))[0]
 
 # %% ../../nbs/report/03_render.ipynb #064d3106
+def _fold_code(soup) -> None:
+    "Put each run of code cells without output, and the code of a cell with output, into one closed fold."
+    run = None
+    for cell in soup.select("div.cell"):
+        box = cell.select_one("div.input")
+        if box is None: run = None; continue
+        if run is None:
+            run = soup.new_tag("details", attrs={"class": "code"})
+            run.append(soup.new_tag("summary")); run.summary.string = "Code"
+            box.insert_before(run)
+        run.append(box.extract())
+        if cell.select_one("div.output"): run = None
+        elif not cell.get_text(strip=True): cell.decompose()
+
+# %% ../../nbs/report/03_render.ipynb #a3fd1dbb
 def _arrange(body: str) -> tuple:
     "The body with folded code, and its headings as (level, id, text)."
     from bs4 import BeautifulSoup
     soup, heads = BeautifulSoup(body, "html.parser"), []
-    for box in soup.select("div.input"):
-        fold = soup.new_tag("details", attrs={"class": "code"})
-        fold.append(soup.new_tag("summary")); fold.summary.string = "Code"
-        box.wrap(fold)
+    _fold_code(soup)
     for table in soup.select("table"): table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
     for i, h in enumerate(soup.select("h1, h2, h3")):
         h["id"] = f"s{i}"
@@ -99,10 +111,10 @@ def _arrange(body: str) -> tuple:
         img["alt"] = caption.get_text(" ", strip=True)[:300] if caption else "figure"
     return str(soup), heads
 
-# %% ../../nbs/report/03_render.ipynb #a3fd1dbb
+# %% ../../nbs/report/03_render.ipynb #84a7f3a9
 def _contents(heads: list) -> str:
     items = "".join(f'<li class="l{level}"><a href="#{id}">{escape(text)}</a></li>' for level, id, text in heads if level > 1)
-    return f'<nav><details open><summary>Contents</summary><ul>{items}</ul></details></nav>' if items else ""
+    return f'<nav class="side"><b>Contents</b><ul>{items}</ul></nav><nav class="top"><details><summary>Contents</summary><ul>{items}</ul></details></nav>' if items else ""
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff; --shade: #f6f8fa; --accent: #0b62a8 }
@@ -121,7 +133,8 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align:
 .output_stderr pre { border-left: 3px solid #b35900 } .output_text pre { white-space: pre-wrap }
 nav { font-size: .9rem } nav summary { font-weight: 600; cursor: pointer } nav ul { list-style: none; padding: 0; margin: .3rem 0 } nav .l3 { padding-left: 1rem }
 nav a { text-decoration: none } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem }
-@media (min-width: 84rem) { nav { position: fixed; top: 1rem; left: calc(50% - 42rem); width: 15rem; max-height: 95vh; overflow: auto } }
+nav.side { display: none }
+@media (min-width: 84rem) { nav.top { display: none } nav.side { display: block; position: fixed; top: 1.4rem; left: calc(50% - 42rem); width: 15rem; max-height: 95vh; overflow: auto } }
 @media (max-width: 40rem) { body { font-size: 16px } main { padding: .6rem .8rem 3rem } table { font-size: .8rem } th, td { padding: .25rem .45rem } }
 @media print { details.code, nav { display: none } }
 """

@@ -39,7 +39,7 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "p
     "data": {"type": "array", "items": _data, "minItems": 1}, "split": {"type": "array", "items": _split, "minItems": 1},
     "facts": {"type": "object", "additionalProperties": _fact}, "metrics": {"type": "array", "items": METRIC},
     "comparisons": {"type": "array", "items": COMPARISON},
-    "verdict": {"type": "object", "additionalProperties": _text, "minProperties": 1},
+    "verdict": {"type": "array", "items": _object({"question": _text, "answer": _text}), "minItems": 1},
     "artefacts": {"type": "object", "additionalProperties": _hash}, "environment": {"type": "object"}})}
 
 # %% ../../nbs/report/00_results.ipynb #cab01e04
@@ -88,7 +88,7 @@ class Result:
         self.folder = Path(folder or os.environ.get("PERTURBNB_REPORT_DIR") or scratch)
         self.record = dict(format="perturbnb-result/1", analysis=analysis, parameters={**_plain(parameters), **shown}, seeds=list(map(int, seeds)),
                            kernel=os.environ.get("PERTURBNB_KERNEL", "interactive"), data=[], split=[], facts={}, metrics=[],
-                           comparisons=[], verdict={}, artefacts={}, environment=environment())
+                           comparisons=[], verdict=[], artefacts={}, environment=environment())
 
 # %% ../../nbs/report/00_results.ipynb #4659b423
 def content_hash(
@@ -179,8 +179,8 @@ def verdict(
     question: str,  # a question of the analysis
     answer: str,  # one sentence made from the records above
 ) -> None:
-    "Record the answer to a question in one sentence."
-    self.record["verdict"][question] = " ".join(answer.split())
+    "Record the answer to a question; the most important question comes first."
+    self.record["verdict"].append(dict(question=question, answer=" ".join(answer.split())))
 
 # %% ../../nbs/report/00_results.ipynb #3dfb689b
 @patch
