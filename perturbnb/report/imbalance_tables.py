@@ -31,7 +31,7 @@ def threshold_table(screen: Screen) -> pd.DataFrame:
     mark = {PUBLISHED: "\xa0published", screen.chosen: "\xa0←\xa0chosen"}
     left = screen.survivors
     return pd.DataFrame({"cells at least": [f"{k:,}{mark.get(k, '')}" for k in left.threshold], "pairs with control": left.n_pairs, "treated pairs": left.n_treated,
-                         "share of treated (95 %)": [estimate(screen, "survivors", k, ".1%") for k in left.threshold], "largest error": left.largest_error,
+                         "share of treated (95\xa0%)": [estimate(screen, "survivors", k, ".1%") for k in left.threshold], "largest error": left.largest_error,
                          **{f"{im.WORDS[kind][1]} lost": n.to_numpy() for kind, n in n_lost(screen).items()}})
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #ba0415af

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'counted', 'none_or', 'listed', 'name_of', 'estimate', 'groups_in_words', 'cost', 'nearly_lost', 'share_at',
-           'enough_sentence', 'thinnest_line_sentence', 'published_sentence', 'uneven_sentence', 'ends_sentence',
-           'law_sentence', 'law_sentences', 'tail_sentence', 'weights_sentence', 'answers', 'plates_of_drugs',
-           'source_in_words', 'condition_sentence', 'moa_note', 'bare_plates']
+           'enough_sentence', 'lossless_sentence', 'median_error_sentence', 'thinnest_line_sentence',
+           'published_sentence', 'uneven_sentence', 'ends_sentence', 'law_sentence', 'law_sentences', 'tail_sentence',
+           'weights_sentence', 'answers', 'plates_of_drugs', 'source_in_words', 'condition_sentence', 'moa_note',
+           'bare_plates']
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #d64e4d0f
 import pandas as pd
@@ -57,7 +58,7 @@ def estimate(
     "An estimated number with its interval."
     value, low, high = screen.numbers.loc[(stratum, measure)]
     text = plot.interval(value, low, high, form)
-    return text.replace("(", "(95 %\xa0interval ") if spelled and not pd.isna(low) else text
+    return text.replace("(", "(95\xa0%\xa0interval ") if spelled and not pd.isna(low) else text
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #65efb191
 def groups_in_words(
@@ -126,6 +127,20 @@ def enough_sentence(screen: Screen) -> str:
     text = (f"{share_at(screen, screen.chosen)} {'has' if len(screen.kept) == 1 else 'have'} at least {counted(screen.chosen, 'cell')}, the threshold that "
             f"{'was given' if given else 'the rule chose'}; {cost(screen, screen.chosen)}{join}{near}.")
     return text if not given else text + f" The rule would have chosen {f'{screen.rule:,}' if screen.rule else 'none of the offered thresholds'}."
+
+# %% ../../nbs/report/07_imbalance_words.ipynb #53d83bfd
+def lossless_sentence(screen: Screen) -> str:
+    "What is the largest offered threshold that loses nobody entirely?"
+    if not screen.lossless: return "Every offered threshold loses some drug, line or class entirely."
+    return f"The largest offered threshold that loses nothing entirely is {screen.lossless:,}, though a group may hang on by a single pair."
+
+def median_error_sentence(screen: Screen) -> str:
+    "How the error of the median surviving pair changes from the lowest to the highest threshold that some pair survives."
+    t = screen.survivors.dropna(subset=["median_error"])
+    if len(t) < 2: return ""
+    low, high = t.iloc[0], t.iloc[-1]
+    return (f"The worst pair's error goes from {low.largest_error:.3f} at {counted(int(low.threshold), 'cell')} to {high.largest_error:.3f} at {int(high.threshold):,}, "
+            f"the median pair's from {low.median_error:.3f} to {high.median_error:.3f}.")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #382a23bb
 def thinnest_line_sentence(screen: Screen) -> str:
@@ -199,15 +214,16 @@ def tail_sentence(
     winner = "the power law" if tail["low"] > 0 else "the exponential tail" if tail["high"] < 0 else "neither"
     gap = plot.interval(tail["difference"], tail["low"], tail["high"])
     return (f"Upper tail of the {LEVELS[level][1]}: a power law does best from {tail['x_min']:,.0f} cells on (n = {tail['n_tail']:,}, exponent {tail['alpha']:.2f}, "
-            f"KS p at most {tail['ks_p']:.2g}). Against an exponential tail {winner} is nearer (difference in log-likelihood for each class {gap}).")
+            f"KS p at most {tail['ks_p']:.2g}). Against an exponential tail {winner} is clearly nearer (difference in log-likelihood for each class {gap}).")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #3371ad9c
 def _short(x: float) -> str: return f"{x:,.0f}" if x >= 99.95 else f"{x:.1f}"
 
 def weights_sentence(screen: Screen) -> str:
     "What does the chosen way of drawing change?"
+    if len(screen.kept) == 1: return "There is a single kept pair: weights change nothing."
     e, scheme = sampling_effects(screen).set_index("scheme"), screen.options["weighting"]
-    pairs = f"Among {counted(len(screen.kept), 'kept pair')}"
+    pairs = f"Among {len(screen.kept):,} kept pairs"
     old, new = ((_short(e.effective_q1[s]), f"{e.draws_per_cell[s]:,.1f}") for s in ("cells", scheme))
     if old == new: return f"{pairs}, {scheme} changes nothing: the effective number of pairs is {new[0]}, and each cell of the thinnest pair is expected {new[1]} times in an epoch."
     rises = e.effective_q1[scheme] >= e.effective_q1["cells"] and e.draws_per_cell[scheme] >= e.draws_per_cell["cells"]
@@ -272,7 +288,7 @@ def bare_plates(
     most: int = 8,  # lines to name
 ) -> str:  # one sentence
     "On which plates a line has treated cells but hardly any control."
-    bare = matched[(matched.n_treated > 0) & (matched.n_control < enough)].cell_line_id.value_counts()
+    bare = matched[(matched.n_treated > 0) & (matched.n_control < enough)].sort_values("n_control").cell_line_id.value_counts()
     if bare.empty: return f"Every combination with treated cells has at least {enough:,} control cells on the same plate."
     named = [f"{name_of(screen, line)} ({counted(k, 'plate')})" for line, k in bare.items()]
     who = f": {listed(named)}" if len(bare) <= most else ""
