@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTH', 'SMALL', 'NORMAL', 'CONTROL_GREY', 'OBSERVED', 'ACCENT', 'PALETTE', 'STYLE', 'page', 'count', 'escape',
            'label', 'interval', 'plain', 'caption', 'show_figure', 'show_table', 'rank_plot', 'lorenz_plot',
-           'tail_plot', 'cluster_order', 'heat_map', 'survivors_plot', 'error_plot', 'losses_plot', 'weights_plot']
+           'tail_plot', 'cluster_order', 'heat_map', 'map_page', 'survivors_plot', 'error_plot', 'losses_plot',
+           'weights_plot']
 
 # %% ../nbs/plot.ipynb #a850e692
 import html, re
@@ -230,6 +231,14 @@ def _name_columns(ax, t, n_left, thick, control, every) -> None:
     right = ax.secondary_yaxis("right")
     right.set_yticks(range(len(t)), [count(v) for v in t.sum(1)], fontsize=SMALL)
     right.tick_params(length=0); right.spines[:].set_visible(False); right.set_ylabel("treated cells of the row" if n_left else "cells of the row", fontsize=SMALL)
+
+# %% ../nbs/plot.ipynb #d0bdea27
+def map_page(
+    n_rows: int,  # named rows of the heat map
+    room: float = 2.0,  # for names, marks and colour bar, inches
+) -> tuple:  # figure and axes
+    "A page tall enough for a heat map with so many rows, 11 inches at most."
+    return page(height=min(11, room + .145 * n_rows))
 
 # %% ../nbs/plot.ipynb #d86afc20
 def survivors_plot(

@@ -6,9 +6,9 @@
 __all__ = ['MEASURES', 'FAMILIES', 'WORDS', 'SCHEMES', 'CONDITIONS', 'cell_counts', 'lorenz', 'gini', 'top_share',
            'effective_number', 'pair_matrix', 'level_counts', 'concentration', 'bootstrap', 'intervals', 'fit_tail',
            'goodness_of_fit', 'vuong', 'compare_tails', 'can_fit', 'power_tail', 'control_cells', 'treated_pairs',
-           'survivors', 'coverage', 'losses', 'lost_in_words', 'recommend_threshold', 'largest_lossless',
-           'sampling_weights', 'weight_effects', 'kept_pairs', 'screen_numbers', 'same_counts', 'covers',
-           'conditions_of', 'condition_survivors', 'plate_controls']
+           'survivors', 'coverage', 'losses', 'recommend_threshold', 'largest_lossless', 'sampling_weights',
+           'weight_effects', 'kept_pairs', 'screen_numbers', 'same_counts', 'covers', 'conditions_of',
+           'condition_survivors', 'plate_controls']
 
 # %% ../../nbs/data/11_imbalance.ipynb #8fc80108
 import numpy as np
@@ -92,8 +92,8 @@ MEASURES = {"gini": gini, "top_1pct": lambda x: top_share(x, .01), "top_5pct": l
 def concentration(
     matrix: pd.DataFrame,  # drugs by lines, cells
 ) -> dict:  # (level, measure) -> value
-    "Every measure of unevenness at each of the three levels."
-    return {(level, name): f(x) for level, x in level_counts(matrix).items() for name, f in MEASURES.items()}
+    "Every measure of unevenness at each of the three levels; NaN where there are no cells."
+    return {(level, name): f(x) if x.any() else np.nan for level, x in level_counts(matrix).items() for name, f in MEASURES.items()}
 
 # %% ../../nbs/data/11_imbalance.ipynb #d8081a55
 def bootstrap(
@@ -206,7 +206,7 @@ def can_fit(
 ) -> "str | None":  # None if laws can be compared, else why not
     "Why laws cannot be compared on these counts, if so."
     n = np.unique(cell_counts(n_cells)[cell_counts(n_cells) > 0]).size
-    return None if n >= least else f"only {n} different count(s) above 0; at least {least} are needed to compare laws"
+    return None if n >= least else f"there {'is' if n == 1 else 'are'} only {n} different count{'' if n == 1 else 's'} above 0, and at least {least} are needed"
 
 # %% ../../nbs/data/11_imbalance.ipynb #0b9c7932
 def power_tail(
@@ -291,21 +291,6 @@ def losses(
 
 # %% ../../nbs/data/11_imbalance.ipynb #18f7cef0
 WORDS = {"drug": ("drug", "drugs"), "cell_line": ("cell line", "cell lines"), "moa": ("MoA class", "MoA classes")}
-
-def lost_in_words(
-    lost: pd.DataFrame,  # from `losses`
-    threshold: int,  # one of its thresholds
-    column: str = "lost",  # lost or nearly_lost
-    names: "dict | None" = None,  # what to write for a name
-    most: int = 12,  # names to write of each kind
-) -> str:  # "2 of 50 cell lines (A, B)"; empty if there are none
-    "Who is lost at a threshold, with names."
-    parts = []
-    for r in lost[lost.threshold == threshold].itertuples():
-        if not (who := getattr(r, column)): continue
-        shown = ", ".join(str((names or {}).get(w, w)) for w in who[:most]) + (f" and {len(who) - most} more" if len(who) > most else "")
-        parts.append(f"{len(who):,} of {r.n_groups:,} {WORDS[r.kind][1]} ({shown})")
-    return "; ".join(parts)
 
 # %% ../../nbs/data/11_imbalance.ipynb #e0424f6f
 def recommend_threshold(
