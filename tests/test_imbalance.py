@@ -97,7 +97,7 @@ def test_bad_table(fails, tmp_path, text, words):
 
 
 def test_missing_file(fails, tmp_path):
-    fails("run", "imbalance", "-p", "pair_counts=nowhere.csv", "--out", tmp_path / "out", words=["no file or folder nowhere.csv"])
+    fails("run", "imbalance", "-p", "pair_counts=nowhere.csv", "--out", tmp_path / "out", words=["no file or folder 'nowhere.csv'"])
 
 
 def rewrite(shard: Path, change) -> None:
