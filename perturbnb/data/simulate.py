@@ -342,7 +342,7 @@ def _truth(seed: int, drugs: pd.DataFrame, lines: pd.DataFrame, genes: pd.DataFr
     return adata
 
 # %% ../../nbs/data/09_simulate.ipynb #843cf314
-MODEL = 3  # raised when the same seed would give other data
+MODEL = 4  # raised when the same seed would give other data
 
 def _check_place(out: Path, overwrite: bool) -> None:
     "Refuse to write over anything that is not a simulated data set."
