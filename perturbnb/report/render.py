@@ -100,12 +100,26 @@ def _fold_code(soup) -> None:
         elif not cell.get_text(strip=True): cell.decompose()
 
 # %% ../../nbs/report/03_render.ipynb #a3fd1dbb
+_NUMBER = re.compile(r"^[-−+<≤≥~]?\s*(\d|–$|nan$|$)", re.I)
+
+def _align(table) -> None:
+    "Mark the columns that hold words, so that they stand at the left and numbers at the right."
+    rows = [row.find_all(["td", "th"]) for row in table.select("tbody tr")]
+    for i in range(max(map(len, rows), default=0)):
+        words = [row[i] for row in rows if len(row) > i and not _NUMBER.match(row[i].get_text(strip=True))]
+        if 2 * len(words) <= len(rows): continue
+        for row in [*rows, *(head.find_all(["td", "th"]) for head in table.select("thead tr"))]:
+            if len(row) > i: row[i]["class"] = [*row[i].get("class", []), "words"]
+
+# %% ../../nbs/report/03_render.ipynb #84a7f3a9
 def _arrange(body: str) -> tuple:
     "The body with folded code, and its headings as (level, id, text)."
     from bs4 import BeautifulSoup
     soup, heads = BeautifulSoup(body, "html.parser"), []
     _fold_code(soup)
-    for table in soup.select("table"): table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
+    for table in soup.select("table"):
+        _align(table)
+        table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
     for i, h in enumerate(soup.select("h1, h2, h3")):
         h["id"] = f"s{i}"
         heads.append((int(h.name[1]), h["id"], h.get_text()))
@@ -114,7 +128,7 @@ def _arrange(body: str) -> tuple:
         img["alt"] = caption.get_text(" ", strip=True)[:300] if caption else "figure"
     return str(soup), heads
 
-# %% ../../nbs/report/03_render.ipynb #84a7f3a9
+# %% ../../nbs/report/03_render.ipynb #0e91ca28
 def _contents(heads: list) -> str:
     items = "".join(f'<li class="l{level}"><a href="#{id}">{escape(text)}</a></li>' for level, id, text in heads if level > 1)
     return f'<nav class="side"><b>Contents</b><ul>{items}</ul></nav><nav class="top"><details><summary>Contents</summary><ul>{items}</ul></details></nav>' if items else ""
@@ -132,7 +146,7 @@ pre { overflow-x: auto; background: var(--shade); padding: .6rem .8rem; border-r
 code { background: var(--shade); padding: .1em .3em; border-radius: 3px } pre code { padding: 0 }
 details.code { margin: .6rem 0; color: var(--soft) } details.code summary { cursor: pointer; font-size: .8rem }
 .wide { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top } th:first-child, td:first-child { text-align: left }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top } th:first-child, td:first-child, .words { text-align: left }
 .output_stderr pre { border-left: 3px solid #b35900 } .output_text pre { white-space: pre-wrap }
 nav { font-size: .9rem } nav summary { font-weight: 600; cursor: pointer } nav ul { list-style: none; padding: 0; margin: .3rem 0 } nav .l3 { padding-left: 1rem }
 nav a { text-decoration: none } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem }
