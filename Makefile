@@ -39,6 +39,7 @@ lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs
 
 prepare: $(STAMP)
+	@$(BIN)/jupyter nbconvert --log-level ERROR --clear-output --inplace nbs/analysis/*.ipynb
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev-export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev-clean && $(BIN)/python tests/project.py --write-readme
 
 constraints: $(STAMP)

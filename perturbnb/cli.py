@@ -42,7 +42,7 @@ def list_(analysis: Annotated[Optional[str], typer.Argument(help="Only this anal
 # %% ../nbs/cli.ipynb #35b26338
 @app.command(epilog="Example: perturbnb simulate tahoe data/demo/tahoe --seed 1 --size small")
 def simulate(
-    dataset: Annotated[str, typer.Argument(help="Which data set to imitate; `perturbnb simulate help .` lists them.")],
+    dataset: Annotated[str, typer.Argument(help="Which data set to imitate: tahoe.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; refused if it exists, unless --overwrite and an earlier simulation.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     size: Annotated[str, typer.Option(help="tiny, small or medium.")] = "small",
@@ -67,8 +67,9 @@ def check_path(
         from perturbnb.data.schema import read
         return "{}: a signature table of {} signatures x {} genes".format(path, *read(path).shape)
     if path.suffix in (".csv", ".parquet"):
-        from perturbnb.data.tahoe import read_pair_counts
-        return f"{path}: a table of {len(read_pair_counts(path)):,} pairs"
+        from perturbnb.data.tahoe import check_controls, read_pair_counts
+        check_controls(pairs := read_pair_counts(path))
+        return f"{path}: a table of {len(pairs):,} pairs; every line has control cells"
     raise InputError(f"{path} is none of the kinds that can be checked", "a report, a .h5ad signature table, a release or a count table", "check the path")
 
 def _check_report(path: Path) -> str:
@@ -124,10 +125,11 @@ def demo(out: Annotated[Optional[Path], typer.Option(help="Folder of the demo re
     print(demo(out, kernel, progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr)))
 
 @app.command(epilog="Example: perturbnb compare reports/f_r reports/f_r_no_cell_token")
-def compare(runs: Annotated[list[Path], typer.Argument(help="Report folders, or folders that hold report folders.")]):
+def compare(runs: Annotated[list[Path], typer.Argument(help="Report folders, or folders that hold report folders.")],
+            everything: Annotated[bool, typer.Option("--all", help="Also metrics that are equal in all runs.")] = False):
     "One table over runs: metric, interval, and the difference paired by seed."
     from perturbnb.report.compare import compare
-    print(compare(runs))
+    print(compare(runs, everything))
 
 @app.command(epilog="Example: perturbnb kernels --install")
 def kernels(install: Annotated[bool, typer.Option("--install", help="Register them with Jupyter, in this environment.")] = False):
@@ -140,6 +142,7 @@ def kernels(install: Annotated[bool, typer.Option("--install", help="Register th
 # %% ../nbs/cli.ipynb #df698c7a
 def _one_line(e: BaseException) -> tuple:
     "What to print for an error, and the exit status."
+    if type(e).__name__ == "NoArgsIsHelpError": return e.format_message(), 2  # the help itself, not an error
     if isinstance(e, PerturbError): return str(e), 1
     if hasattr(e, "format_message"): return str(PerturbError(e.format_message(), "", "see perturbnb --help")), 2
     if isinstance(e, (typer.Abort, KeyboardInterrupt)): return "interrupted", 130
@@ -156,5 +159,5 @@ def main():
     except (Exception, KeyboardInterrupt) as e:
         if debug: raise
         line, status = _one_line(e)
-        print(f"perturbnb: {line}", file=sys.stderr)
+        print(line if "\n" in line else f"perturbnb: {line}", file=sys.stderr)
         sys.exit(status)

@@ -351,7 +351,7 @@ def _check_place(out: Path, overwrite: bool) -> None:
         ours = (out / "truth/truth.json").is_file() and (out / "SHA256SUMS").is_file()
     except OSError as e: raise write_problem(e, out) from e
     if ours and overwrite: return
-    raise OutputError(f"{out} is there already", "a new folder", "say overwrite to replace this simulated data set" if ours else
+    raise OutputError(f"{out} is there already", "a new folder", "say overwrite (on the command line --overwrite) to replace this simulated data set" if ours else
                       "choose another folder; this one holds something else and is left alone")
 
 # %% ../../nbs/data/09_simulate.ipynb #f929031f

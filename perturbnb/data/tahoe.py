@@ -80,8 +80,13 @@ def _parquet(path) -> pd.DataFrame:
 
 def _csv(path) -> pd.DataFrame:
     "A CSV as text."
+    head = path.read_bytes()[:4]
+    if head.startswith((b"PK", b"\xd0\xcf")): raise InputError(f"{path} is an Excel or zip file", "text in UTF-8 with commas", "save the sheet as CSV (UTF-8)")
     if b"\0" in path.read_bytes(): raise InputError(f"{path} cannot be read as CSV (it holds NUL bytes)", "text in UTF-8", "save the table as CSV in UTF-8")
     read = lambda **kw: pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **kw)
+    names = read(header=None, nrows=1, sep="\x1f", quoting=3).iloc[0, 0]  # the header as one text
+    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in names and "," not in names: raise InputError(f"{path} is separated by {word}", "commas", "save the table as CSV with commas")
     _once(path, read(header=None, nrows=1).iloc[0].tolist())
     return read()
 

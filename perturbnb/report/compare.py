@@ -60,7 +60,7 @@ def _paired(a: "pd.Series", b: "pd.Series") -> dict:
     import numpy as np
     from scipy import stats
     d = (b - a).dropna().to_numpy(float)
-    if len(d) < 2: return dict(difference=d.mean() if len(d) else np.nan, low=np.nan, high=np.nan, n_seeds=len(d))
+    if len(d) < 2 or np.ptp(d) <= 1e-12 * max(1, np.abs(d).max()): return dict(difference=d.mean() if len(d) else np.nan, low=np.nan, high=np.nan, n_seeds=len(d))
     half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
     return dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half, n_seeds=len(d))
 
@@ -77,17 +77,32 @@ def paired_differences(
     return pd.DataFrame(rows, columns=[*KEYS, "group", "against", "difference", "low", "high", "n_seeds"])
 
 # %% ../../nbs/report/05_compare.ipynb #e5e025df
+def _lettered(table: "pd.DataFrame") -> tuple:
+    "The table with groups as letters, and the lines that explain them."
+    groups = list(dict.fromkeys(table["group"]))
+    letter = {g: chr(65 + i) if i < 26 else f"G{i + 1}" for i, g in enumerate(groups)}
+    return table.assign(group=table["group"].map(letter)), [f"{letter[g]}: {g}" for g in groups] if len(groups) > 1 else []
+
+def _interval(low: float, high: float) -> str: return f"[{low:.4g}, {high:.4g}]" if low == low else "none"
+
 def compare(
     paths: "Sequence[str | Path]",  # report folders
-) -> str:  # two text tables
+    everything: bool = False,  # also metrics whose value is the same in all runs
+) -> str:  # text tables
     "The metrics of the runs with their intervals, and the paired differences between groups."
     if not (runs := find_runs(paths)): raise InputError("no run", "report folders", "name at least one")
-    table = metric_table(runs)
+    table, legend = _lettered(metric_table(runs))
     if table.empty: raise InputError("these runs hold no metric", "results with metrics", "name other runs")
-    shown = table.assign(run=[Path(p).name for p in table["run"]], **{"95 % interval": [f"[{a:.4g}, {b:.4g}]" if a == a else "none" for a, b in zip(table["low"], table["high"])]})
+    same = table.groupby(KEYS)["value"].transform(lambda v: len(v) == len(runs) > 1 and v.astype(float).round(12).nunique(dropna=False) == 1)
+    shown = table if everything else table[~same.astype(bool)]
+    left_out = "" if len(shown) == len(table) else f"\n{(len(table) - len(shown)) // len(runs)} metrics with equal values in all runs are not shown (--all shows them)."
+    if shown.empty: return "\n".join([*legend, f"All {len(table) // len(runs)} metrics have equal values in all {len(runs)} runs."])
     drop = [c for c in ("group", *KEYS[2:]) if table[c].nunique() == 1]
-    text = shown.drop(columns=["low", "high", *drop]).to_string(index=False, float_format="{:.4g}".format)
-    diff = paired_differences(table)
+    text = shown.assign(run=[Path(p).name for p in shown["run"]], **{"95 % interval": list(map(_interval, shown["low"], shown["high"]))})
+    text = "\n".join([*legend, text.drop(columns=["low", "high", *drop]).to_string(index=False, float_format="{:.4g}".format)]) + left_out
+    diff = paired_differences(shown)
     if diff.empty: return text
-    head = "\n\nDifference to the first group, paired by seed (mean, 95 % t interval over seeds; none with fewer than two common seeds):\n"
-    return text + head + diff.drop(columns=[c for c in drop if c in KEYS]).to_string(index=False, float_format="{:.4g}".format)
+    diff = diff.assign(**{"95 % interval": list(map(_interval, diff["low"], diff["high"]))})
+    head = "\n\nDifference to group A, paired by seed (mean, 95 % t interval over seeds; none with fewer than two common seeds or where the seed changes nothing):\n"
+    columns = [*(k for k in KEYS if k not in drop), "group", "against", "difference", "95 % interval", "n_seeds"]
+    return text + head + diff[columns].to_string(index=False, float_format="{:.4g}".format)

@@ -27,7 +27,7 @@ def _card(name: str, question: str, result: dict) -> str:
 def write_index(
     folder: "str | Path",  # holds one report folder for each analysis
     questions: dict,  # name -> question, in the order to show
-    note: str = "All data on this page are simulated: they show that the machinery works and recovers a known truth, not biology.",
+    note: str = "All data on this page are simulated: they show what the reports look like and that the machinery works, not biology.",
 ) -> Path:  # the written index.html
     "The front page over the reports of a folder."
     cards = "".join(_card(n, q, read_result(Path(folder) / n)) for n, q in questions.items())

@@ -82,7 +82,8 @@ def _finish(nb, folder: Path, template: Template, values: dict, kernel: str, pla
     with atomic_file(folder / "report.ipynb") as f: nbformat.write(nb, f)
     result = read_result(folder)
     if result["analysis"] != template.name: raise RunError(f"the result says it is of {result['analysis']}", template.name, "mend the last cell of the analysis")
-    footer = f"perturbnb {result['environment']['packages'].get('perturbnb', '')}, analysis {template.name}, kernel {kernel}. Every number: results.json."
+    sources = ", ".join(f"{d['path']} ({d['hash'][:8]})" for d in result["data"])
+    footer = f"Input: {sources}. perturbnb {result['environment']['packages'].get('perturbnb', '')}, analysis {template.name}, kernel {kernel}. Every number: results.json; parameters: params.yaml."
     with atomic_file(folder / "report.html") as f: f.write_text(render(nb, footer), encoding="utf-8")
     with atomic_file(folder / "params.yaml") as f: f.write_text(yaml.safe_dump(_shown(values, template), sort_keys=True), encoding="utf-8")
     return result
@@ -102,13 +103,21 @@ def _failure_kept(folder: Path, places: dict):
         raise
     finally: shutil.rmtree(folder / ".work", ignore_errors=True)
 
+def _as_given(text: str, linked: dict, values: dict) -> str:
+    "A message with the paths that the user gave in place of the links that the kernel saw."
+    for name, link in linked.items():
+        if link != values[name]: text = text.replace(str(link), str(values[name]))
+    return text
+
 def _build(template: Template, values: dict, spec: dict, folder: Path, places: dict, progress: bool) -> None:
     "Execute a template into a folder and finish the report there."
     start, work, kernel = time.time(), folder / ".work", spec["env"]["PERTURBNB_KERNEL"]
     linked = _link_inputs(values, template, work)
     (work / "parameters.json").write_text(json.dumps(_shown(values, template)), encoding="utf-8")
     env = dict(PERTURBNB_REPORT_DIR=str(folder), PERTURBNB_ROOT=str(project_root()), PYTHONUNBUFFERED="1")
-    with run_kernel(spec, env) as name: nb = _execute(template, linked, name, folder / "report.ipynb", work, progress)
+    try:
+        with run_kernel(spec, env) as name: nb = _execute(template, linked, name, folder / "report.ipynb", work, progress)
+    except RunError as e: raise RunError(*(_as_given(text, linked, values) for text in (e.came, e.expected, e.cure))) from None
     _finish(nb, folder, template, values, kernel, places)
     (folder / "timing.json").write_text(dump({"started": start, "seconds": round(time.time() - start, 3)}))
 

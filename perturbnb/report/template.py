@@ -86,7 +86,8 @@ def _scalar(kind: str, x):
 def _items(x) -> list:
     "A list from a list, from `[1, 2]` or from `1,2`."
     if isinstance(x, list): return x
-    return [v.strip().strip("'\"") for v in str(x).strip().strip("[]").split(",") if v.strip()]
+    if (text := str(x).strip()).startswith("[") != text.endswith("]"): raise ValueError
+    return [v.strip().strip("'\"") for v in text.removeprefix("[").removesuffix("]").split(",") if v.strip()]
 
 # %% ../../nbs/report/01_template.ipynb #b537c7a5
 def _inside(p: Parameter, x) -> bool:
