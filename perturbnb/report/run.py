@@ -103,6 +103,7 @@ def _failure_kept(folder: Path, places: dict):
         raise
     finally: shutil.rmtree(folder / ".work", ignore_errors=True)
 
+# %% ../../nbs/report/04_run.ipynb #b2376911
 def _as_given(text: str, linked: dict, values: dict) -> str:
     "A message with the paths that the user gave in place of the links that the kernel saw."
     for name, link in linked.items():
@@ -121,6 +122,7 @@ def _build(template: Template, values: dict, spec: dict, folder: Path, places: d
     _finish(nb, folder, template, values, kernel, places)
     (folder / "timing.json").write_text(dump({"started": start, "seconds": round(time.time() - start, 3)}))
 
+# %% ../../nbs/report/04_run.ipynb #5e519f95
 def run(
     analysis: str,  # name of an analysis, or path of a notebook of your own
     given: "dict | None" = None,  # parameter -> text or typed value
