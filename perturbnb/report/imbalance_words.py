@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'counted', 'none_or', 'listed', 'name_of', 'estimate', 'gro
            'thinnest_line_sentence', 'published_sentence', 'uneven_sentence', 'ends_sentence', 'law_sentence',
            'law_sentences', 'tail_sentence', 'weights_sentence', 'demo_mark', 'answers', 'plates_of_drugs',
            'source_in_words', 'condition_sentence', 'moa_note', 'bare_plates', 'interval_note', 'top_classes',
-           'most_uneven', 'map_note', 'dose_note', 'pair_weights_note']
+           'most_uneven', 'map_note', 'dose_note', 'empty_note', 'median_line_note', 'pair_weights_note']
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #d64e4d0f
 import numpy as np
@@ -376,6 +376,17 @@ def dose_note(
     if not n_plates: return "No plate has the same dose in 95 % of its treated wells."
     return (f"On {n_plates:,} of {counted(of, 'plate')} at least 95 % of the treated wells have the same dose. There, dose and plate cannot be told apart, "
             "so a drug must be compared with the control of its own plate.")
+
+def empty_note(screen: Screen) -> str:
+    "How many pairs stood in the table with 0 cells."
+    n = screen.inputs.n_pairs_empty
+    return f" {counted(n, 'pair')} of 0 cells in the table {'was' if n == 1 else 'were'} taken as never seen." if n else ""
+
+def median_line_note(screen: Screen) -> str:
+    "How far the thinnest line is below the median one; empty if it is not."
+    cells = cells_of(screen, "cell_line_id")
+    ratio = cells.median() / cells.iloc[0]
+    return f" The median line has {_times(ratio)} the cells of the thinnest, {name_of(screen, cells.index[0])}." if ratio >= 1.05 else ""
 
 def pair_weights_note(screen: Screen) -> str:
     "What weights of 1/sqrt(n + 1) for pairs do to the order; empty if all kept pairs are equally thick."
