@@ -118,6 +118,8 @@ def read_inputs(
     check_one_screen(pairs, drugs, samples, lines=known)
     moa, lines = None if drugs is None else moa_classes(drugs), None if known is None else known.set_index("cell_line_id").cell_name
     conditions = read_conditions(cell_grid, lines, counted)
+    if cell_grid and lines is None and not set(conditions.cell_line_id) & set(pairs.cell_line_id):
+        raise InputError("a cell grid that names no line as the pair table does", "the table that translates names to identifiers", "give cell_line_metadata, too")
     check_one_screen(pairs, conditions=conditions)
     names = {c: c if lines is None else f"{c} {lines[c]}" for c in pairs.cell_line_id.unique()}
     cells = range(pairs.n_cells.sum())  # of shards the cells are counted, of tables the rows

@@ -243,9 +243,10 @@ def tail_sentence(
     "Is the upper tail of a level a power law?"
     winner = "the power law" if tail["low"] > 0 else "the exponential tail" if tail["high"] < 0 else "neither"
     gap = plot.interval(tail["difference"], tail["low"], tail["high"])
-    how = "p at most" if tail["ks_p_is"] == "upper bound" else tail["ks_p_is"] + ","
+    p = f"{tail['ks_p']:.2g}"
+    how = f"p at most {p}" if tail["ks_p_is"] == "upper bound" else tail["ks_p_is"].replace("textbook p", f"textbook p {p}")
     return (f"Upper tail of the {LEVELS[level][1]}: a power law does best from {tail['x_min']:,.0f} cells on (n = {tail['n_tail']:,}, exponent {tail['alpha']:.2f}, "
-            f"KS distance {tail['ks']:.3f}, {how} {tail['ks_p']:.2g}). Against an exponential tail {winner} is clearly nearer (difference in log-likelihood for each class {gap}).")
+            f"KS distance {tail['ks']:.3f}, {how}). Against an exponential tail {winner} is clearly nearer (difference in log-likelihood for each class {gap}).")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #3371ad9c
 def weights_sentence(screen: Screen) -> str:
