@@ -285,7 +285,7 @@ def error_plot(
     for k, (words, at) in enumerate((marked or {}).items()): ax.axvline(at, color=(ACCENT, CONTROL_GREY)[k % 2], lw=1.2, ls=("-", "--")[k % 2])
     ax.set(xscale="log", xlabel="fewest cells of a pair (threshold)", ylabel="standard error of a mean shift\n(standard deviations between cells)")
     ax.set_ylim(0, None); _thresholds(ax, t.threshold)
-    ax.legend(frameon=False, fontsize=SMALL)
+    ax.legend(framealpha=.9, edgecolor="none", fontsize=SMALL)  # a line behind the words is hidden
     return ax
 
 # %% ../nbs/plot.ipynb #a959ea22
