@@ -28,9 +28,9 @@ def n_lost(
 
 def threshold_table(screen: Screen) -> pd.DataFrame:
     "The key table of the page."
-    mark = {PUBLISHED: "\xa0published", screen.chosen: "\xa0←\xa0chosen"}
+    mark = {k: ("\xa0published" if k == PUBLISHED else "") + ("\xa0←\xa0chosen" if k == screen.chosen else "") for k in screen.ladder}
     left = screen.survivors
-    return pd.DataFrame({"cells at least": [f"{k:,}{mark.get(k, '')}" for k in left.threshold], "pairs with control": left.n_pairs, "treated pairs": left.n_treated,
+    return pd.DataFrame({"cells at least": [f"{k:,}{mark[k]}" for k in left.threshold], "pairs with control": left.n_pairs, "treated pairs": left.n_treated,
                          "share of treated (95\xa0%)": [estimate(screen, "survivors", k, ".1%") for k in left.threshold], "largest error": left.largest_error,
                          **{f"{im.WORDS[kind][1]} lost": n.to_numpy() for kind, n in n_lost(screen).items()}})
 
@@ -60,7 +60,7 @@ def other_rules(
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #6da7756a
 MEASURED = {"gini": ("Gini coefficient", ",.3f"), "top_1pct": ("held by the top 1 %", ".1%"), "top_5pct": ("held by the top 5 %", ".1%"),
-            "top_10pct": ("held by the top 10 %", ".1%"), "effective_q1": ("effective number (Shannon)", ",.0f"), "effective_q2": ("effective number (Simpson)", ",.0f")}
+            "top_10pct": ("held by the top 10 %", ".1%"), "effective_q1": ("effective number (Shannon)", plot.classes), "effective_q2": ("effective number (Simpson)", plot.classes)}
 
 def concentration_table(
     screen: Screen,
@@ -73,8 +73,14 @@ def concentration_table(
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #0682fe3f
 def _p(p: float, how: str) -> str:
-    text = f"{p:.3f}" if p >= .001 else "<\xa00.001"
-    return f"≤\xa0{text}" if how == "upper bound" and p >= .001 else text
+    text = f"{p:#.3g}" if p >= .001 else "<\xa00.001"
+    return f"≤\xa0{text}" if how == "upper bound" and p >= .001 else text + ("*" if "independent" in how else "")
+
+def _gap(r) -> str:
+    "The difference with its interval, or with the p of the likelihood-ratio test."
+    if not r.p_is.startswith("likelihood"): return plot.interval(r.best_minus_this, r.low, r.high)
+    p = _p(r.p, r.p_is)
+    return f"{r.best_minus_this:.3f} (LR p\xa0{p if p[0] == '<' else '=' + chr(160) + p})".replace(" ", "\xa0")
 
 def all_laws(laws: Laws) -> pd.DataFrame:
     "The laws of all levels in one table, for the report's folder."
@@ -85,7 +91,7 @@ def law_table(laws: Laws) -> pd.DataFrame:
     t = all_laws(laws)
     return pd.DataFrame({"level (n)": [f"{r.level} ({r.n:,})".replace(" ", "\xa0") for r in t.itertuples()], "law": t.family, "delta AIC": t.delta_aic.round(), "KS": t.ks,
                          "KS p": [_p(r.ks_p, r.ks_p_is) for r in t.itertuples()],
-                         "best minus this": [plot.interval(r.best_minus_this, r.low, r.high) for r in t.itertuples()]})
+                         "best minus this": [_gap(r) for r in t.itertuples()]})
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #590a89a3
 def wells_table(
@@ -116,19 +122,20 @@ def condition_table(
 def sampling_table(screen: Screen) -> pd.DataFrame:
     "What each sampling scheme changes, for the page."
     e = sampling_effects(screen)
-    return pd.DataFrame({"scheme": e.scheme, "gini": e.gini.round(6), "effective pairs": [plot.interval(r.effective_q1, r.low, r.high, ",.0f") for r in e.itertuples()],
+    return pd.DataFrame({"scheme": e.scheme, "gini": e.gini.round(6), "effective pairs": [plot.interval(r.effective_q1, r.low, r.high, plot.classes) for r in e.itertuples()],
                          "effective pairs simpson": e.effective_q2, "thinnest draws": e.thinnest_draws, "draws per cell": e.draws_per_cell, "thickest draws": e.thickest_draws})
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #040b3106
 def facts_of(screen: Screen) -> dict:
     "Everything that was counted, by name."
     pairs, lines, drugs = screen.inputs.pairs, cells_of(screen, "cell_line_id"), cells_of(screen, "drug")
-    n = sizes(screen)
+    n, drop = sizes(screen), im.dropped(screen.treated, screen.chosen, screen.options["max_error"])
     out = dict(n_drugs=n["drug_with_control"], n_cell_lines=n["cell_line"], n_pairs=n["pair_with_control"], n_pairs_treated=n["pair"],
-               n_pairs_never_seen=n["drug_with_control"] * n["cell_line"] - n["pair_with_control"], n_cells=int(pairs.n_cells.sum()),
+               n_pairs_empty=screen.inputs.n_pairs_empty, n_pairs_never_seen=n["drug_with_control"] * n["cell_line"] - n["pair_with_control"], n_cells=int(pairs.n_cells.sum()),
                n_cells_control=int(pairs.n_cells[pairs.drug == CONTROL].sum()), least_cells=int(pairs.n_cells.min()), most_cells=int(pairs.n_cells.max()),
                thinnest_line=lines.index[0], thinnest_line_cells=int(lines.iloc[0]), thinnest_drug=drugs.index[0], thinnest_drug_cells=int(drugs.iloc[0]),
                thickest_drug=drugs.index[-1], thickest_drug_cells=int(drugs.iloc[-1]), threshold_rule=screen.rule, threshold_chosen=screen.chosen,
+               n_pairs_dropped=drop["n_dropped"], n_pairs_dropped_within_limit=drop["n_within_limit"], threshold_exact=drop["exact"],
                threshold_lossless=screen.lossless, threshold_published=PUBLISHED, n_kept_pairs=len(screen.kept),
                least_control_cells=int(screen.treated.n_control.min()), demo_data=screen.inputs.demo)
     for r in screen.survivors.itertuples(): out |= {f"n_pairs_ge_{r.threshold}": r.n_pairs, f"n_pairs_ge_{r.threshold}_treated": r.n_treated}
@@ -138,11 +145,16 @@ def facts_of(screen: Screen) -> dict:
 # %% ../../nbs/report/08_imbalance_tables.ipynb #797b91ea
 NO_INTERVAL = "no interval: fewer than two drugs or lines to resample"
 
+def _why(n_used: int, n: int) -> "str | None":
+    "What to say of an interval from so many of n replicates."
+    if n_used == n: return NO_INTERVAL if n == 0 else None
+    return f"{'no interval: ' if n_used < .9 * n else ''}{n - n_used} of {n} bootstrap replicates are undefined and left out"
+
 def _measured(screen: Screen, stratum: str, measure) -> dict:
     "Value, interval and, where needed, a note, as `Result.metric` wants them."
-    value, low, high = screen.numbers.loc[(stratum, measure)]
-    note = "undefined for these counts" if pd.isna(value) else NO_INTERVAL if pd.isna(low) else \
-           "the bootstrap replicates lie beside the estimate" if not low <= value <= high else None
+    value, low, high, n_used = screen.numbers.loc[(stratum, measure), ["value", "low", "high", "n_used"]]
+    beside = "the bootstrap replicates lie beside the estimate" if pd.notna(low) and not low <= value <= high else None
+    note = "undefined for these counts" if pd.isna(value) else "; ".join(filter(None, [_why(int(n_used), len(screen.draws)), beside])) or None
     return dict(value=value, ci95=None if pd.isna(low) else (low, high), note=note)
 
 METRIC_IDS = {"gini": "gini@1", "top_1pct": "top_share_1pct@1", "top_5pct": "top_share_5pct@1", "top_10pct": "top_share_10pct@1",
@@ -177,7 +189,7 @@ def record_sampling(
         gap = im.intervals(pd.DataFrame({"gap": draws[even] - draws[plain]}), {"gap": value[even] - value[plain]}).loc["gap"]
         known = pd.notna(gap.low)
         result.comparison("effective_share_q1@1", gap.value, n, (gap.low, gap.high) if known else None, model=s, baseline="cells", part="kept", stratum="pair",
-                          note=None if known else NO_INTERVAL)
+                          note=_why(int(gap.n_used), len(draws)))
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #ae08230b
 def record_laws(
@@ -191,8 +203,9 @@ def record_laws(
             result.metric("ks_distance@1", r.ks, r.n, None, model=r.family, kind="model", stratum=level, part="treated", note=note)
             if r.family == t.family[0]: continue
             known = pd.notna(r.low)
-            result.comparison("mean_log_likelihood@1", r.best_minus_this, r.n, (r.low, r.high) if known else None, None if pd.isna(r.vuong_p) else r.vuong_p,
-                              model=t.family[0], baseline=r.family, stratum=level, part="treated", note=None if known else "the two laws have the same likelihood")
+            nested = f"one law is a special case of the other, so no Vuong interval: {r.p_is}, p {r.p:.3g}" if r.p_is.startswith("likelihood") else "the two laws have the same likelihood"
+            result.comparison("mean_log_likelihood@1", r.best_minus_this, r.n, (r.low, r.high) if known else None, None if pd.isna(r.p) else r.p,
+                              model=t.family[0], baseline=r.family, stratum=level, part="treated", note=None if known else nested)
 
 # %% ../../nbs/report/08_imbalance_tables.ipynb #f7423ab8
 def record_screen(

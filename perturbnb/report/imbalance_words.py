@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'counted', 'none_or', 'listed', 'name_of', 'estimate', 'groups_in_words', 'cost', 'nearly_lost', 'share_at',
-           'enough_sentence', 'lossless_sentence', 'median_error_sentence', 'thinnest_line_sentence',
-           'published_sentence', 'uneven_sentence', 'ends_sentence', 'law_sentence', 'law_sentences', 'tail_sentence',
-           'weights_sentence', 'answers', 'plates_of_drugs', 'source_in_words', 'condition_sentence', 'moa_note',
-           'bare_plates']
+           'enough_sentence', 'dropped_sentence', 'lossless_sentence', 'median_error_sentence',
+           'thinnest_line_sentence', 'published_sentence', 'uneven_sentence', 'ends_sentence', 'law_sentence',
+           'law_sentences', 'tail_sentence', 'weights_sentence', 'demo_mark', 'answers', 'plates_of_drugs',
+           'source_in_words', 'condition_sentence', 'moa_note', 'bare_plates', 'interval_note', 'top_classes',
+           'most_uneven', 'map_note', 'dose_note', 'empty_note', 'median_line_note', 'pair_weights_note']
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #d64e4d0f
+import numpy as np
 import pandas as pd
 
 from .. import plot
-from ..data.imbalance import WORDS
-from ..data.screen import PUBLISHED, Laws, Screen, cells_of, sampling_effects
+from ..data.imbalance import NESTED, WORDS, dropped
+from ..data.screen import PUBLISHED, Laws, Screen, cells_of, sampling_effects, sizes
 from ..data.tahoe import is_control
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #8a59b2df
@@ -52,11 +54,11 @@ def name_of(
 def estimate(
     screen: Screen,
     stratum: str, measure,  # a row of screen.numbers, for example "pair", "gini"
-    form: str = ",.3f",  # format of the numbers; ".1%" for shares
+    form=",.3f",  # as in plot.interval: ".1%" for shares
     spelled: bool = False,  # say in the brackets that it is the 95 % interval
 ) -> str:
     "An estimated number with its interval."
-    value, low, high = screen.numbers.loc[(stratum, measure)]
+    value, low, high = screen.numbers.loc[(stratum, measure), ["value", "low", "high"]]
     text = plot.interval(value, low, high, form)
     return text.replace("(", "(95\xa0%\xa0interval ") if spelled and not pd.isna(low) else text
 
@@ -119,7 +121,8 @@ def enough_sentence(screen: Screen) -> str:
     limit, given = screen.options["max_error"], screen.options["min_cells"]
     if not (screen.rule or given):
         good, n = int((screen.treated.error <= limit).sum()), len(screen.kept)
-        text = f"No offered threshold meets the rule (standard error at most {limit:g}), so "
+        nobody = not screen.survivors.n_treated[screen.survivors.threshold.isin(screen.offered)].any()
+        text = "No treated pair has as many cells as any offered threshold, so " if nobody else f"No offered threshold meets the rule (standard error at most {limit:g}), so "
         if n == 1: return f"{text}the only treated pair with any cell is kept."
         return f"{text}all {n:,} treated pairs with any cell are kept; {none_or(good)} of them {'have' if good > 1 else 'has'} so small an error."
     near = nearly_lost(screen, screen.chosen)
@@ -127,6 +130,16 @@ def enough_sentence(screen: Screen) -> str:
     text = (f"{share_at(screen, screen.chosen)} {'has' if len(screen.kept) == 1 else 'have'} at least {counted(screen.chosen, 'cell')}, the threshold that "
             f"{'was given' if given else 'the rule chose'}; {cost(screen, screen.chosen)}{join}{near}.")
     return text if not given else text + f" The rule would have chosen {f'{screen.rule:,}' if screen.rule else 'none of the offered thresholds'}."
+
+# %% ../../nbs/report/07_imbalance_words.ipynb #9e09e159
+def dropped_sentence(screen: Screen) -> str:
+    "How many of the dropped pairs meet the limit themselves, and which whole threshold would do; empty if none is dropped."
+    d = dropped(screen.treated, screen.chosen, screen.options["max_error"])
+    if not d["n_dropped"]: return ""
+    text = (f"Of the {counted(d['n_dropped'], 'treated pair')} below {counted(screen.chosen, 'cell')}, {none_or(d['n_within_limit'])} "
+            f"{'meets' if d['n_within_limit'] == 1 else 'meet'} the limit")
+    if d["n_within_limit"]: text += ": one threshold serves the line with the fewest control cells, too, and only offered values are taken"
+    return f"{text}. The least whole number of cells that would do is {d['exact']:,}." if d["exact"] and screen.rule else f"{text}."
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #53d83bfd
 def lossless_sentence(screen: Screen) -> str:
@@ -148,8 +161,10 @@ def thinnest_line_sentence(screen: Screen) -> str:
     cells = cells_of(screen, "cell_line_id")
     name, has = name_of(screen, cells.index[0]), f"{int(cells.iloc[0]):,} of {int(cells.sum()):,} cells ({100 * cells.iloc[0] / cells.sum():.3g} %)"
     first = f"The only line is {name} with {has}" if len(cells) == 1 else f"The thinnest line is {name} with {has}"
-    if len(cells) > 1 and cells.nunique() == 1: first = f"No line is thinner than another; {name}, the first of them, has {has}"
+    ties = int((cells == cells.iloc[0]).sum())
+    if ties > 1: first = f"{'No line is thinner than another' if ties == len(cells) else f'{ties:,} lines are equally thin'}; {name}, the first of them, has {has}"
     at = screen.coverage[(screen.coverage.kind == "cell_line") & (screen.coverage.name == cells.index[0])].set_index("threshold")
+    if at.empty: return f"{first}. It has control cells only, so there is no treated pair to keep."
     n = int(at.n_pairs.iloc[0])
     keeps = lambda k: f"{none_or(at.n_kept[k])} of its {n:,} treated pairs" if k == screen.chosen else none_or(at.n_kept[k])
     if n == 1: return f"{first}. Its only treated pair has {counted(int(screen.treated.n_cells[screen.treated.cell_line_id == cells.index[0]].iloc[0]), 'cell')}."
@@ -168,11 +183,15 @@ def uneven_sentence(screen: Screen) -> str:
     if len(screen.treated) == 1: return "There is a single treated pair: nothing can be uneven."
     if screen.treated.n_cells.nunique() == 1: return f"All {len(screen.treated):,} treated pairs have the same number of cells: nothing is uneven."
     return (f"The Gini coefficient of the {len(screen.treated):,} treated pairs is {estimate(screen, 'pair', 'gini', spelled=True)}; the thickest 10 % of them "
-            f"hold {estimate(screen, 'pair', 'top_10pct', '.1%')} of their cells, and they are as diverse as {estimate(screen, 'pair', 'effective_q1', ',.0f')} "
+            f"hold {estimate(screen, 'pair', 'top_10pct', '.1%')} of their cells, and they are as diverse as {estimate(screen, 'pair', 'effective_q1', plot.classes)} "
             "equally thick pairs (exp Shannon).")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #4c30d7ca
 def _times(x: float) -> str: return f"{x:,.0f} times" if x >= 9.95 else f"{x:.1f} times"
+
+def _far(x: float, word: str) -> str:
+    "2.2 times the cells of the median pair; or, where they hardly differ, about as many."
+    return f"{_times(x)} {word}" if x >= 1.05 else "about as many cells as the median pair"
 
 def ends_sentence(screen: Screen) -> str:
     "Which end of the counts is the longer one?"
@@ -181,23 +200,34 @@ def ends_sentence(screen: Screen) -> str:
     if low == high: return "All treated pairs have the same number of cells." if len(n) > 1 else "There is a single treated pair."
     if low and high < 1.05 * low: return f"All treated pairs have nearly the same number of cells, {low:,} to {high:,}."
     if mid == 0: return f"Half of the treated pairs or more have no cell; the thickest has {counted(int(high), 'cell')}."
-    up = f"The thickest treated pair has {_times(high / mid)} the cells of the median pair"
+    up = f"The thickest treated pair has {_far(high / mid, 'the cells of the median pair')}"
     if low == 0: return f"{up}, the thinnest has none."
     longer = "both ends are equally long" if high * low == mid * mid else f"the {'upper' if high * low > mid * mid else 'lower'} end is the longer one"
-    return f"{up}, the thinnest {_times(mid / low)} fewer: {longer}."
+    return f"{up}, the thinnest {_far(mid / low, 'fewer')}: {longer}."
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #71db06c4
 LEVELS = {"pair": ("pair", "pairs"), "drug": WORDS["drug"], "cell_line": WORDS["cell_line"]}
+
+def _distance(best: str, ks: float, least: str, least_ks: float) -> str:
+    "How far the best law is from the observed shares, and whether another is closer."
+    text = f"its share of pairs below a count is off by up to {100 * ks:.1f} percentage points (KS distance {ks:.3f})"
+    return f"{text}, the least of the five" if best == least else f"{text}, where {least} is off by {100 * least_ks:.1f}"
 
 def law_sentence(
     level: str,  # "pair", "drug" or "cell_line"
     table: pd.DataFrame,  # from `compare_tails`
 ) -> str:
     "Which law is nearest to the counts of a level, and does it fit?"
-    best, fits = table.family[0], table.family[table.ks_p >= .05].tolist()
-    close = table.family[1:][~(table.low[1:] > 0)].tolist()
+    best, fits, shared = table.family[0], table.family[table.ks_p >= .05].tolist(), level == "pair"
+    other = table[1:]
+    nested = np.array([{best, f} in NESTED for f in other.family], bool)
+    aside = listed(other.family[nested].tolist()) if shared and nested.any() else ""
+    close = other.family[~np.where(nested, shared | (other.p < .05), other.low > 0)].tolist()
     near = f"but is not clearly nearer than {listed(close, 'or')}" if close else "and is clearly nearer than each other law"
-    verdict = f"{listed(fits)} cannot be rejected (p ≥ 0.05)" if fits else f"none of the five fits (p < 0.05 for each; KS distance of {best} {table.ks[0]:.3f})"
+    near += f" ({aside} left out: {'a special case' if nested.sum() == 1 else 'special cases'}, and pairs are not independent)" if aside else ""
+    least = table.loc[table.ks.idxmin()]
+    verdict = (_distance(best, table.ks[0], least.family, least.ks) if shared else f"{listed(fits)} cannot be rejected (p ≥ 0.05)" if fits else
+               f"none of the five fits (p < 0.05 for each; KS distance of {best} {table.ks[0]:.3f})")
     return f"{LEVELS[level][1].capitalize()} (n = {table.n[0]:,}): {best} has the best AIC {near}; {verdict}."
 
 def law_sentences(laws: Laws) -> list:
@@ -213,24 +243,28 @@ def tail_sentence(
     "Is the upper tail of a level a power law?"
     winner = "the power law" if tail["low"] > 0 else "the exponential tail" if tail["high"] < 0 else "neither"
     gap = plot.interval(tail["difference"], tail["low"], tail["high"])
+    p = f"{tail['ks_p']:.2g}"
+    how = f"p at most {p}" if tail["ks_p_is"] == "upper bound" else tail["ks_p_is"].replace("textbook p", f"textbook p {p}")
     return (f"Upper tail of the {LEVELS[level][1]}: a power law does best from {tail['x_min']:,.0f} cells on (n = {tail['n_tail']:,}, exponent {tail['alpha']:.2f}, "
-            f"KS p at most {tail['ks_p']:.2g}). Against an exponential tail {winner} is clearly nearer (difference in log-likelihood for each class {gap}).")
+            f"KS distance {tail['ks']:.3f}, {how}). Against an exponential tail {winner} is clearly nearer (difference in log-likelihood for each class {gap}).")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #3371ad9c
-def _short(x: float) -> str: return f"{x:,.0f}" if x >= 99.95 else f"{x:.1f}"
-
 def weights_sentence(screen: Screen) -> str:
     "What does the chosen way of drawing change?"
     if len(screen.kept) == 1: return "There is a single kept pair: weights change nothing."
     e, scheme = sampling_effects(screen).set_index("scheme"), screen.options["weighting"]
     pairs = f"Among {len(screen.kept):,} kept pairs"
-    old, new = ((_short(e.effective_q1[s]), f"{e.draws_per_cell[s]:,.1f}") for s in ("cells", scheme))
+    old, new = ((plot.classes(e.effective_q1[s]), f"{e.draws_per_cell[s]:,.1f}") for s in ("cells", scheme))
     if old == new: return f"{pairs}, {scheme} changes nothing: the effective number of pairs is {new[0]}, and each cell of the thinnest pair is expected {new[1]} times in an epoch."
     rises = e.effective_q1[scheme] >= e.effective_q1["cells"] and e.draws_per_cell[scheme] >= e.draws_per_cell["cells"]
     return (f"{pairs}, {scheme} {'raises' if rises else 'moves'} the effective number of pairs from {old[0]} to {new[0]} and the expected draws of each cell "
             f"of the thinnest pair from {old[1]} to {new[1]} in an epoch.")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #7b6bcf7f
+def demo_mark(screen: Screen) -> str:
+    "How a sentence about simulated data begins."
+    return "Simulated demo data: " if screen.inputs.demo else ""
+
 def answers(
     screen: Screen,
     laws: Laws,
@@ -240,7 +274,7 @@ def answers(
            "What does the published threshold cost?": published_sentence(screen), "How uneven are the counts?": uneven_sentence(screen),
            "Which law do the counts follow?": " ".join([ends_sentence(screen), *law_sentences(laws)]),
            "What do sampling weights change?": weights_sentence(screen)}
-    return {question: plot.plain(text) for question, text in out.items()}
+    return {question: demo_mark(screen) + plot.plain(text) for question, text in out.items()}
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #5bb8b4a3
 def plates_of_drugs(
@@ -255,11 +289,11 @@ def plates_of_drugs(
 # %% ../../nbs/report/07_imbalance_words.ipynb #ba6d8975
 def source_in_words(
     screen: Screen,
-) -> str:  # "5,024,456 more than in the pair table, since the cell grid counts cells of any quality"
+) -> str:  # "5,024,456 more than in the pair table (the grid of Tahoe-100M counts cells of any quality)"
     "How the cells of the conditions compare with those of the pair table."
     gap = int(screen.inputs.conditions.n_cells.sum() - screen.inputs.pairs.n_cells.sum())
     if gap == 0: return "the same as in the pair table"
-    return f"{abs(gap):,} {'more' if gap > 0 else 'fewer'} than in the pair table{', since the cell grid counts cells of any quality' if gap > 0 else ''}"
+    return f"{abs(gap):,} {'more' if gap > 0 else 'fewer'} than in the pair table{' (the grid of Tahoe-100M, for one, counts cells of any quality)' if gap > 0 else ''}"
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #cce4d3b0
 def condition_sentence(
@@ -272,13 +306,17 @@ def condition_sentence(
     thin = ": a model that learns doses must learn from thinner examples than the pair table promises" if single < pair else ""
     return f"At {counted(screen.chosen, 'cell')}, {100 * pair:.1f} % of the pairs survive and {100 * single:.1f} % of the single conditions{thin}."
 
+def _have(n: int) -> str: return "has" if n == 1 else "have"
+def _are(n: int) -> str: return "is" if n == 1 else "are"
+
 def moa_note(screen: Screen) -> str:
     "Where the MoA classes come from; empty if none are followed."
     if screen.inputs.moa is None: return ""
     drugs = screen.treated.drug.unique()
-    unclear = int((screen.inputs.moa.reindex(drugs) == "unclear").sum())
+    classes = screen.inputs.moa.reindex(drugs)
+    unclear, without = int((classes == "unclear").sum()), int(classes.isna().sum())
     return (f" MoA classes are the fine ones of the drug table, assigned by a language model; {none_or(unclear)} of {counted(len(drugs), 'drug')} "
-            f"{'is' if unclear == 1 else 'are'} in the class unclear.")
+            f"{'is' if unclear == 1 else 'are'} in the class unclear{f', {without:,} {_have(without)} no class and {_are(without)} left out of them' if without else ''}.")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #56eebe1f
 def bare_plates(
@@ -292,6 +330,65 @@ def bare_plates(
     if bare.empty: return f"Every combination with treated cells has at least {enough:,} control cells on the same plate."
     named = [f"{name_of(screen, line)} ({counted(k, 'plate')})" for line, k in bare.items()]
     who = f": {listed(named)}" if len(bare) <= most else ""
-    n = int(bare.sum())
+    n, pool = int(bare.sum()), matched.groupby("cell_line_id").n_control.sum()[bare.index]
+    cure = "the line's pooled control has to stand in" if pool.min() >= enough else "not every one of these lines has a pooled control that could stand in"
     return (f"{counted(n, 'combination')} {'has' if n == 1 else 'have'} treated cells but fewer than {enough:,} control cells on the same plate{who}. "
-            "There the plate's own control is too thin and the line's pooled control has to stand in.")
+            f"There the plate's own control is too thin, and {cure}.")
+
+# %% ../../nbs/report/07_imbalance_words.ipynb #a29fb0cb
+def interval_note(
+    screen: Screen,
+    what: str,  # "the share"
+    strata: "Sequence[str]",  # whose intervals: strata of screen.numbers
+) -> str:  # a sentence
+    "What stands in the brackets of a table."
+    asked, n = screen.numbers.loc[list(strata)], screen.options["n_bootstrap"]
+    if asked.low.isna().all(): return f"There is no interval of {what}: the drugs or lines are too few to be resampled."
+    partly = " (fewer where a number is undefined in some, and no interval below 90 %)" if (asked.n_used[asked.value.notna()] < n).any() else ""
+    return f"In brackets the 95 % interval of {what}, from {plot.count(n)} replicates with resampled drugs and lines{partly}."
+
+def top_classes(screen: Screen) -> str:
+    "How many classes the top 1, 5 and 10 % of each level are."
+    levels = {"pair": "pair", "drug": "drug", "cell_line": "line"}
+    n = {word: screen.treated.n_cells.size if k == "pair" else sizes(screen)[k] for k, word in levels.items()}
+    tops = {word: [int(np.ceil(round(f * k, 9))) for f in (.01, .05, .1)] for word, k in n.items()}
+    return listed([f"{a:,}, {b:,} and {counted(c, word)}" for word, (a, b, c) in tops.items()])
+
+def most_uneven(screen: Screen) -> str:
+    "Which level has the largest Gini coefficient."
+    g = {many: round(screen.numbers.value[k, "gini"], 3) for k, (_, many) in LEVELS.items()}
+    top = [many for many, v in g.items() if v == max(g.values())]
+    return f"By their Gini coefficient, the {listed(top)} are the most uneven." if len(top) < len(g) else "By the Gini coefficient, no level is more uneven than another."
+
+def map_note(screen: Screen) -> str:
+    "How the rows and columns of the heat map are ordered, and what a lost one costs."
+    n = sizes(screen)
+    sides = [side for side, k in (("rows", n["cell_line"]), ("columns", n["drug"])) if k > 2]
+    order = f"{listed(sides).capitalize()} stand in the order of a hierarchical clustering (average linkage of log counts). " if sides else ""
+    look = "A dark row is a thin line, a dark column a thin drug: a" if len(sides) == 2 else "A"
+    return f"{order}{look} lost row costs up to {counted(n['drug'], 'pair')}, a lost column up to {n['cell_line']:,}."
+
+# %% ../../nbs/report/07_imbalance_words.ipynb #c58d1c36
+def dose_note(
+    n_plates: int,  # plates whose treated wells have nearly all the same dose
+    of: int,  # plates in all
+) -> str:
+    "On how many plates dose and plate cannot be told apart."
+    if not n_plates: return "No plate has the same dose in 95 % of its treated wells."
+    return (f"On {n_plates:,} of {counted(of, 'plate')} at least 95 % of the treated wells have the same dose. There, dose and plate cannot be told apart, "
+            "so a drug must be compared with the control of its own plate.")
+
+def empty_note(screen: Screen) -> str:
+    "How many pairs stood in the table with 0 cells."
+    n = screen.inputs.n_pairs_empty
+    return f" {counted(n, 'pair')} of 0 cells in the table {'was' if n == 1 else 'were'} taken as never seen." if n else ""
+
+def median_line_note(screen: Screen) -> str:
+    "How far the thinnest line is below the median one; empty if it is not."
+    cells = cells_of(screen, "cell_line_id")
+    ratio = cells.median() / cells.iloc[0]
+    return f" The median line has {_times(ratio)} the cells of the thinnest, {name_of(screen, cells.index[0])}." if ratio >= 1.05 else ""
+
+def pair_weights_note(screen: Screen) -> str:
+    "What weights of 1/sqrt(n + 1) for pairs do to the order; empty if all kept pairs are equally thick."
+    return ", and so draws the thinnest pairs most: it turns the imbalance round" if screen.kept.n_cells.nunique() > 1 else ""
