@@ -81,7 +81,7 @@ def moa_classes(
     drugs: pd.DataFrame,  # from `read_drugs`
 ) -> pd.Series:  # fine MoA class of each drug, by drug; None where there is none
     "The mechanism of each drug."
-    fine = [x.strip() or None if isinstance(x, str) else None for x in drugs["moa-fine"]]
+    fine = [x.strip() if isinstance(x, str) and x.strip() not in ("", "unclear") else None for x in drugs["moa-fine"]]
     return pd.Series(fine, drugs.drug, dtype=object)
 
 # %% ../../nbs/data/11a_screen.ipynb #034ba51a
@@ -108,6 +108,8 @@ def read_inputs(
 ) -> Inputs:
     "Read a screen and check that its tables belong together."
     if demo := not (pair_counts or shards):
+        for name, path in (("drug_metadata", drug_metadata), ("sample_metadata", sample_metadata), ("cell_grid", cell_grid), ("cell_line_metadata", cell_line_metadata)):
+            if path: raise InputError(f"{name} without counts", "pair_counts or shards with it", "name the counts that the table belongs to")
         from perturbnb.data.simulate import demo_data
         shards = str(demo_data("tahoe"))
     drug_file, sample_file, line_file = (_beside(given, shards, name) for given, name in (

@@ -314,9 +314,9 @@ def moa_note(screen: Screen) -> str:
     if screen.inputs.moa is None: return ""
     drugs = screen.treated.drug.unique()
     classes = screen.inputs.moa.reindex(drugs)
-    unclear, without = int((classes == "unclear").sum()), int(classes.isna().sum())
-    return (f" MoA classes are the fine ones of the drug table, assigned by a language model; {none_or(unclear)} of {counted(len(drugs), 'drug')} "
-            f"{'is' if unclear == 1 else 'are'} in the class unclear{f', {without:,} {_have(without)} no class and {_are(without)} left out of them' if without else ''}.")
+    without = int(classes.isna().sum())
+    return (f" MoA classes are the fine ones of the drug table, assigned by a language model; {none_or(without)} of {counted(len(drugs), 'drug')} "
+            f"{_have(without)} no known mechanism (unclear, or not in the table) and {_are(without)} in no class.")
 
 # %% ../../nbs/report/07_imbalance_words.ipynb #56eebe1f
 def bare_plates(
