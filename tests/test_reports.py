@@ -207,7 +207,7 @@ def test_dollars_and_braces_are_plain_characters(cli, toy, counts, tmp_path):
 
 
 def test_neighbours_do_not_disturb_each_other(toy, counts, tmp_path):
-    slow, quick = toy("slow", "import time; time.sleep(6)"), toy("quick")
+    slow, quick = toy("slow", "import time; time.sleep(12)"), toy("quick")
     first = subprocess.Popen([*CLI, "run", str(slow), "-p", f"counts={counts}", "--out", str(tmp_path / "c.v2")], stderr=subprocess.PIPE, text=True)
     while not leftovers(tmp_path / "c.v2"): time.sleep(0.1)
     subprocess.run([*CLI, "run", str(quick), "-p", f"counts={counts}", "--out", str(tmp_path / "c")], check=True, capture_output=True)
