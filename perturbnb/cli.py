@@ -42,7 +42,7 @@ def list_(analysis: Annotated[Optional[str], typer.Argument(help="Only this anal
 # %% ../nbs/cli.ipynb #35b26338
 @app.command(epilog="Example: perturbnb simulate tahoe data/demo/tahoe --seed 1 --size small")
 def simulate(
-    dataset: Annotated[str, typer.Argument(help="Which data set to imitate: tahoe.")],
+    dataset: Annotated[str, typer.Argument(help="Which data set to imitate: tahoe or norman.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; refused if it exists, unless --overwrite and an earlier simulation.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     size: Annotated[str, typer.Option(help="tiny, small or medium.")] = "small",
@@ -50,7 +50,7 @@ def simulate(
 ):
     "Demo data with a known truth, in the format of the real release."
     from perturbnb.core import nearest
-    from perturbnb.data.simulate import SIMULATIONS
+    from perturbnb.data.demo import SIMULATIONS
     if dataset not in SIMULATIONS: raise InputError(f"data set {dataset!r}", "one that can be simulated", nearest(dataset, SIMULATIONS))
     print(SIMULATIONS[dataset](out, seed=seed, size=size, overwrite=overwrite))
 

@@ -110,7 +110,7 @@ def read_inputs(
     if demo := not (pair_counts or shards):
         for name, path in (("drug_metadata", drug_metadata), ("sample_metadata", sample_metadata), ("cell_grid", cell_grid), ("cell_line_metadata", cell_line_metadata)):
             if path: raise InputError(f"{name} without counts", "pair_counts or shards with it", "name the counts that the table belongs to")
-        from perturbnb.data.simulate import demo_data
+        from perturbnb.data.demo import demo_data
         shards = str(demo_data("tahoe"))
     drug_file, sample_file, line_file = (_beside(given, shards, name) for given, name in (
         (drug_metadata, "drug_metadata.parquet"), (sample_metadata, "sample_metadata.parquet"), (cell_line_metadata, "cell_line_metadata.parquet")))

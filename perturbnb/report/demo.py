@@ -43,7 +43,7 @@ def demo(
     say=lambda line: None,  # called with a line as each step begins
 ) -> Path:  # reports/demo/index.html
     "Make the demo data, run every analysis on them with its defaults, and write the front page."
-    from perturbnb.data.simulate import SIMULATIONS, demo_data
+    from perturbnb.data.demo import SIMULATIONS, demo_data
     out = Path(out or project_root() / "reports" / "demo")
     for name in SIMULATIONS: say(f"demo data: {name}"); demo_data(name)
     known = templates()
