@@ -354,6 +354,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'perturbnb.plot.count': ('plot.html#count', 'perturbnb/plot.py'),
                                 'perturbnb.plot.error_plot': ('plot.html#error_plot', 'perturbnb/plot.py'),
                                 'perturbnb.plot.escape': ('plot.html#escape', 'perturbnb/plot.py'),
+                                'perturbnb.plot.forest_plot': ('plot.html#forest_plot', 'perturbnb/plot.py'),
                                 'perturbnb.plot.heat_map': ('plot.html#heat_map', 'perturbnb/plot.py'),
                                 'perturbnb.plot.interval': ('plot.html#interval', 'perturbnb/plot.py'),
                                 'perturbnb.plot.label': ('plot.html#label', 'perturbnb/plot.py'),
