@@ -512,6 +512,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'perturbnb/metrics/registry.py'),
                                             'perturbnb.metrics.registry._metric_problem': ( 'metrics/registry.html#_metric_problem',
                                                                                             'perturbnb/metrics/registry.py'),
+                                            'perturbnb.metrics.registry._same_function': ( 'metrics/registry.html#_same_function',
+                                                                                           'perturbnb/metrics/registry.py'),
                                             'perturbnb.metrics.registry.aggregate': ( 'metrics/registry.html#aggregate',
                                                                                       'perturbnb/metrics/registry.py'),
                                             'perturbnb.metrics.registry.checked': ( 'metrics/registry.html#checked',

@@ -20,8 +20,10 @@ def _targets(target_index: "np.ndarray | None", shape: tuple) -> "np.ndarray | N
     "The column of the target of each row, checked; None if there is none at all."
     if target_index is None: return None
     t = np.asarray(target_index)
-    if t.shape != shape[:1] or (len(t) and not np.issubdtype(t.dtype, np.integer)): raise InputError(f"target_index of shape {t.shape} and type {t.dtype}", f"a whole number for each of {shape[0]} rows", "-1 for a row without a target")
-    if len(t) and not (-1 <= t.min() and t.max() < shape[1]): raise InputError(f"target_index from {t.min()} to {t.max()}", f"columns from 0 to {shape[1] - 1}, or -1", "look the genes up again")
+    if t.shape != shape[:1] or (len(t) and not np.issubdtype(t.dtype, np.integer)):
+        raise InputError(f"target_index of shape {t.shape} and type {t.dtype}", f"a whole number for each of {shape[0]} rows", "-1 for a row without a target")
+    if len(t) and not (-1 <= t.min() and t.max() < shape[1]):
+        raise InputError(f"target_index from {t.min()} to {t.max()}", f"columns from 0 to {shape[1] - 1}, or -1", "look the genes up again")
     return t if len(t) and t.max() >= 0 else None
 
 # %% ../../nbs/metrics/03_discrimination.ipynb #efff573b
@@ -70,7 +72,7 @@ def _discriminate(
     if n < 2: return np.full(n, np.nan)
     if distance != "cosine":
         scale = max(np.abs(query).max(), np.abs(candidates).max()) or 1.0
-        query, candidates = ((x - candidates.mean(0)) / scale for x in (query, candidates))
+        query, candidates = ((x - np.median(candidates, axis=0)) / scale for x in (query, candidates))
     out, step = np.empty(n), max(1, block // n)
     for start in range(0, n, step):
         rows = np.arange(start, min(n, start + step))
@@ -154,7 +156,8 @@ def pds_reverse_cosine(
     return _discriminate(real, pred, "cosine", target_index)
 
 # %% ../../nbs/metrics/03_discrimination.ipynb #d38b1e26
-@metric("centroid_accuracy@1", formula=r"\frac{1}{N-1}\sum_{j\ne i}[\lVert p_i-r_j\rVert_2 > \lVert p_i-r_i\rVert_2]", source="Viñas Torné et al. 2025 (Systema), doi:10.1038/s41587-025-02777-8; ties count one half here", **_PDS)
+@metric("centroid_accuracy@1", formula=r"\frac{1}{N-1}\sum_{j\ne i}[\lVert p_i-r_j\rVert_2 > \lVert p_i-r_i\rVert_2]",
+        source="Viñas Torné et al. 2025 (Systema), doi:10.1038/s41587-025-02777-8; ties count one half here", **_PDS)
 def centroid_accuracy(
     real: np.ndarray,  # observed centroids, perturbations by genes
     pred: np.ndarray,  # predicted centroids, the same shape
@@ -162,7 +165,8 @@ def centroid_accuracy(
     "Share of other observed centroids that are farther from the prediction than its own; equals pds_l2 with all genes."
     return pds_l2(real, pred)
 
-@metric("normalised_inverse_rank@1", formula=r"1-\frac{\operatorname{rank}_i}{N-1}, d=\lVert r_i-p_j\rVert_2", source="rank metric of PerturbBench (Wu et al. 2024, arXiv:2408.10609), turned so that 1 is best; ties count one half here", **_PDS)
+@metric("normalised_inverse_rank@1", formula=r"1-\frac{\operatorname{rank}_i}{N-1}, d=\lVert r_i-p_j\rVert_2",
+        source="rank metric of PerturbBench (Wu et al. 2024, arXiv:2408.10609), turned so that 1 is best; ties count one half here", **_PDS)
 def normalised_inverse_rank(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape

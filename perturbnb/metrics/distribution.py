@@ -44,7 +44,8 @@ def _energy(real: np.ndarray, pred: np.ndarray, within: str) -> float:
     mean = lambda a, b, w=None: _mean_pairs(lambda d: d, a, b, "euclidean", w)
     return float(2 * mean(x, y) - mean(x, x, within) - mean(y, y, within))
 
-@metric("energy_v@1", formula=r"2\overline{d}(X,Y)-\overline{d}(X,X)-\overline{d}(Y,Y), d=\lVert x-y\rVert, \text{all pairs}", unit="expression", low=0.0,
+@metric("energy_v@1", formula=r"2\overline{d}(X,Y)-\overline{d}(X,X)-\overline{d}(Y,Y), d=\lVert x-y\rVert, \text{all pairs}",
+        unit="expression", low=0.0,
         undefined="a set without cells", source=_SZEKELY, **_DISTANCE)
 def energy_v(
     real: np.ndarray,  # observed cells, cells by genes (or by principal components)
@@ -54,7 +55,8 @@ def energy_v(
     return float(np.maximum(_energy(real, pred, "v"), 0))  # rounding may leave -1e-16
 
 # %% ../../nbs/metrics/02_distribution.ipynb #573fdebc
-@metric("energy_u@1", formula=r"2\overline{d}(X,Y)-\overline{d}(X,X)-\overline{d}(Y,Y), d=\lVert x-y\rVert, i\ne j", unit="expression", low=-np.inf,
+@metric("energy_u@1", formula=r"2\overline{d}(X,Y)-\overline{d}(X,X)-\overline{d}(Y,Y), d=\lVert x-y\rVert, i\ne j",
+        unit="expression", low=-np.inf,
         undefined="a set of fewer than two cells", source=_SZEKELY + "; unbiased form", **_DISTANCE)
 def energy_u(
     real: np.ndarray,  # observed cells, cells by genes (or by principal components)
@@ -81,7 +83,8 @@ def energy_squared_v(
     x, y = _cells(real, pred)
     return 2 * _mean_gap(x, y)[0] if len(x) and len(y) else np.nan
 
-@metric("energy_squared_u@1", formula=r"2\lVert\bar x-\bar y\rVert^2-\frac2n\operatorname{tr}S_x-\frac2m\operatorname{tr}S_y", unit="expression squared",
+@metric("energy_squared_u@1", formula=r"2\lVert\bar x-\bar y\rVert^2-\frac2n\operatorname{tr}S_x-\frac2m\operatorname{tr}S_y",
+        unit="expression squared",
         low=-np.inf, undefined="a set of fewer than two cells", source="E-distance with squared distances over different cells: Peidli et al. 2024, doi:10.1038/s41592-023-02144-y", **_DISTANCE)
 def energy_squared_u(
     real: np.ndarray,  # observed cells, cells by genes (or by principal components)
@@ -96,7 +99,8 @@ def energy_squared_u(
 # %% ../../nbs/metrics/02_distribution.ipynb #59b038be
 _GRETTON = "Gretton et al. 2012, JMLR 13:723"
 
-@metric("mmd2_linear_v@1", formula=r"\lVert\bar x-\bar y\rVert^2", unit="expression squared", low=0.0, undefined="a set without cells", source=_GRETTON, **_DISTANCE)
+@metric("mmd2_linear_v@1", formula=r"\lVert\bar x-\bar y\rVert^2", unit="expression squared", low=0.0, undefined="a set without cells",
+        source=_GRETTON, **_DISTANCE)
 def mmd2_linear_v(
     real: np.ndarray,  # observed cells, cells by genes (or by principal components)
     pred: np.ndarray,  # predicted cells, any number, the same genes
@@ -104,7 +108,8 @@ def mmd2_linear_v(
     "Squared MMD with the linear kernel, V-statistic: the squared distance of the means."
     return energy_squared_v(real, pred) / 2
 
-@metric("mmd2_linear_u@1", formula=r"\lVert\bar x-\bar y\rVert^2-\frac1n\operatorname{tr}S_x-\frac1m\operatorname{tr}S_y", unit="expression squared", low=-np.inf,
+@metric("mmd2_linear_u@1", formula=r"\lVert\bar x-\bar y\rVert^2-\frac1n\operatorname{tr}S_x-\frac1m\operatorname{tr}S_y",
+        unit="expression squared", low=-np.inf,
         undefined="a set of fewer than two cells", source=_GRETTON, **_DISTANCE)
 def mmd2_linear_u(
     real: np.ndarray,  # observed cells, cells by genes (or by principal components)

@@ -42,7 +42,8 @@ def mae(
     return np.abs(real - pred).mean(1)
 
 # %% ../../nbs/metrics/01_effect.ipynb #ffa34fba
-@metric("l2@1", formula=r"\sqrt{\sum_g (r_g-p_g)^2}", unit="effect", source="as reported by Ahlmann-Eltze, Huber & Anders 2025, doi:10.1038/s41592-025-02772-6", **_ERROR)
+@metric("l2@1", formula=r"\sqrt{\sum_g (r_g-p_g)^2}", unit="effect",
+        source="as reported by Ahlmann-Eltze, Huber & Anders 2025, doi:10.1038/s41592-025-02772-6", **_ERROR)
 def l2(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape
@@ -92,7 +93,8 @@ def pearson_delta(
     real, pred = checked_pair(real, pred)
     return _correlation(real, pred, _largest(real), _largest(pred))
 
-@metric("cosine_delta@1", formula=r"\frac{\sum_g r_g p_g}{\sqrt{\sum_g r_g^2 \sum_g p_g^2}}", undefined="real or pred is zero everywhere", source="textbook", **_COR)
+@metric("cosine_delta@1", formula=r"\frac{\sum_g r_g p_g}{\sqrt{\sum_g r_g^2 \sum_g p_g^2}}", undefined="real or pred is zero everywhere",
+        source="textbook", **_COR)
 def cosine_delta(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape
@@ -110,7 +112,8 @@ def _spearman(a: np.ndarray, b: np.ndarray, size_a: np.ndarray, size_b: np.ndarr
     return np.where(flat, np.nan, _correlation(a, b, _largest(a), _largest(b)))
 
 # %% ../../nbs/metrics/01_effect.ipynb #3273244c
-@metric("spearman_delta@1", formula=r"\operatorname{cor}_g(\operatorname{rank} r_g, \operatorname{rank} p_g)", undefined="real or pred is constant over genes",
+@metric("spearman_delta@1", formula=r"\operatorname{cor}_g(\operatorname{rank} r_g, \operatorname{rank} p_g)",
+        undefined="real or pred is constant over genes",
         source="Spearman 1904, doi:10.2307/1412159", **_COR)
 def spearman_delta(
     real: np.ndarray,  # observed effects, perturbations by genes
@@ -234,7 +237,8 @@ def weighted_r2(
     return _r2(real, pred, _largest(real), _weights(weights, real.shape))
 
 # %% ../../nbs/metrics/01_effect.ipynb #202a7337
-@metric("weighted_r2_ref@1", formula=r"R^2_w(r-m, p-m)", source=_MEJIA, **{**_R2, "undefined": "real minus the reference is constant over the genes with weight"})
+@metric("weighted_r2_ref@1", formula=r"R^2_w(r-m, p-m)",
+        source=_MEJIA, **{**_R2, "undefined": "real minus the reference is constant over the genes with weight"})
 def weighted_r2_ref(
     real: np.ndarray,  # observed, perturbations by genes
     pred: np.ndarray,  # predicted, the same shape
@@ -254,7 +258,8 @@ def top_share(
     "Membership of each gene in the top of its row, ties sharing the last places."
     s = checked(strength, "strength")
     n = np.broadcast_to(np.asarray(n_top), len(s)).astype(int)
-    if len(s) and not (0 <= n.min() and n.max() <= s.shape[1]): raise InputError(f"the top {n_top} of {s.shape[1]} genes", "a number from 0 to the number of genes", "choose a smaller one")
+    if len(s) and not (0 <= n.min() and n.max() <= s.shape[1]):
+        raise InputError(f"the top {n_top} of {s.shape[1]} genes", "a number from 0 to the number of genes", "choose a smaller one")
     threshold = np.take_along_axis(-np.sort(-s, axis=1), np.maximum(n, 1)[:, None] - 1, 1)
     tol = TINY * _largest(s)
     above, tied = s > threshold + tol, np.abs(s - threshold) <= tol
@@ -264,13 +269,15 @@ def top_share(
 # %% ../../nbs/metrics/01_effect.ipynb #a484290f
 def _overlap(real: np.ndarray, pred: np.ndarray, n_top: int) -> np.ndarray:
     "Share of the top of `real` that is in the top of `pred`."
-    if not isinstance(n_top, (int, np.integer)) or n_top < 1: raise InputError(f"n_top {n_top!r}", "a whole number of 1 or more", "say how many genes")
+    if not isinstance(n_top, (int, np.integer)) or n_top < 1:
+        raise InputError(f"n_top {n_top!r}", "a whole number of 1 or more", "say how many genes")
     return (top_share(real, n_top) * top_share(pred, n_top)).sum(1) / n_top
 
 # %% ../../nbs/metrics/01_effect.ipynb #bc6aa17e
 _TOP = dict(kind="effect", unit="none", low=0.0, high=1.0, better="higher", null=None, undefined="never; a prediction without information gets N/G")
 
-@metric("overlap_at_n@1", formula=r"\frac1N|\operatorname{top}_N|r| \cap \operatorname{top}_N|p||", source="common DE score; ties here share places", **_TOP)
+@metric("overlap_at_n@1", formula=r"\frac1N|\operatorname{top}_N|r| \cap \operatorname{top}_N|p||",
+        source="common DE score; ties here share places", **_TOP)
 def overlap_at_n(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape
@@ -280,7 +287,8 @@ def overlap_at_n(
     "Overlap of the N strongest genes, whatever their sign."
     return _overlap(*map(np.abs, checked_pair(real, pred)), n_top)
 
-@metric("overlap_up@1", formula=r"\frac1N|\operatorname{top}_N r \cap \operatorname{top}_N p|", source="common DE score; ties here share places", **_TOP)
+@metric("overlap_up@1", formula=r"\frac1N|\operatorname{top}_N r \cap \operatorname{top}_N p|",
+        source="common DE score; ties here share places", **_TOP)
 def overlap_up(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape
@@ -291,7 +299,8 @@ def overlap_up(
     return _overlap(*checked_pair(real, pred), n_top)
 
 # %% ../../nbs/metrics/01_effect.ipynb #54aecf15
-@metric("overlap_down@1", formula=r"\frac1N|\operatorname{top}_N(-r) \cap \operatorname{top}_N(-p)|", source="common DE score; ties here share places", **_TOP)
+@metric("overlap_down@1", formula=r"\frac1N|\operatorname{top}_N(-r) \cap \operatorname{top}_N(-p)|",
+        source="common DE score; ties here share places", **_TOP)
 def overlap_down(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape
@@ -302,7 +311,8 @@ def overlap_down(
     return _overlap(*map(np.negative, checked_pair(real, pred)), n_top)
 
 # %% ../../nbs/metrics/01_effect.ipynb #6f2f1f33
-@metric("sign_agreement@1", kind="effect", formula=r"\frac{\sum_g t^r_g [\operatorname{sign} r_g=\operatorname{sign} p_g]}{\sum_g t^r_g}", unit="none", low=0.0, high=1.0,
+@metric("sign_agreement@1", kind="effect", formula=r"\frac{\sum_g t^r_g [\operatorname{sign} r_g=\operatorname{sign} p_g]}{\sum_g t^r_g}",
+        unit="none", low=0.0, high=1.0,
         better="higher", null=0.5, undefined="real is zero everywhere", source="common DE score; a predicted 0 counts one half here")
 def sign_agreement(
     real: np.ndarray,  # observed effects, perturbations by genes
@@ -312,7 +322,8 @@ def sign_agreement(
 ) -> np.ndarray:  # 0 to 1, one for each row; chance is 0.5
     "Share of the N strongest observed genes whose sign is predicted right."
     real, pred = checked_pair(real, pred)
-    if not isinstance(n_top, (int, np.integer)) or n_top < 1: raise InputError(f"n_top {n_top!r}", "a whole number of 1 or more", "say how many genes")
+    if not isinstance(n_top, (int, np.integer)) or n_top < 1:
+        raise InputError(f"n_top {n_top!r}", "a whole number of 1 or more", "say how many genes")
     sr, sp = (np.sign(x) * (np.abs(x) > TINY * _largest(x)) for x in (real, pred))
     t = top_share(np.abs(real), n_top) * (sr != 0)
     with np.errstate(invalid="ignore"): return (t * (1 + sr * sp) / 2).sum(1) / t.sum(1)
@@ -321,7 +332,8 @@ def sign_agreement(
 def _mask(deg: np.ndarray, shape: tuple) -> np.ndarray:
     "DE genes as booleans of the right shape."
     d = np.asarray(deg)
-    if d.dtype != bool and not np.isin(d, (0, 1)).all(): raise InputError("deg with other values than true and false", "a mask of DE genes", "pass padj < 0.05, say")
+    if d.dtype != bool and not np.isin(d, (0, 1)).all():
+        raise InputError("deg with other values than true and false", "a mask of DE genes", "pass padj < 0.05, say")
     if d.shape != shape: raise InputError(f"deg of shape {d.shape}", f"{shape}, as real", "one row for each perturbation")
     return d.astype(bool)
 
@@ -334,7 +346,8 @@ def de_prevalence(
 
 _DE = dict(kind="effect", unit="none", low=0.0, high=1.0, better="higher", null=None)
 
-@metric("de_recall@1", formula=r"\frac1k|\mathrm{DEG} \cap \operatorname{top}_k|p||", undefined="no gene is differentially expressed, or all are",
+@metric("de_recall@1", formula=r"\frac1k|\mathrm{DEG} \cap \operatorname{top}_k|p||",
+        undefined="no gene is differentially expressed, or all are",
         source="R-precision; ties here share places", **_DE)
 def de_recall(
     real: np.ndarray,  # observed effects, perturbations by genes; only its shape is used
@@ -359,7 +372,8 @@ def _average_precision(strength: np.ndarray, true: np.ndarray) -> float:
     return float((np.diff(np.r_[0, hits[last]]) * hits[last] / (last + 1)).sum() / k)
 
 # %% ../../nbs/metrics/01_effect.ipynb #a96167c3
-@metric("de_auprc@1", formula=r"\frac1k\sum_{\text{steps}} \Delta\mathrm{hits}\cdot\mathrm{precision}", undefined="no gene is differentially expressed, or all are",
+@metric("de_auprc@1", formula=r"\frac1k\sum_{\text{steps}} \Delta\mathrm{hits}\cdot\mathrm{precision}",
+        undefined="no gene is differentially expressed, or all are",
         source="average precision; null is the prevalence: Saito & Rehmsmeier 2015, doi:10.1371/journal.pone.0118432", **_DE)
 def de_auprc(
     real: np.ndarray,  # observed effects, perturbations by genes; only its shape is used
@@ -379,7 +393,8 @@ def top_mask(
 ) -> np.ndarray:  # bool, the same shape, n_top true in each row
     "The `n_top` strongest genes of each row; among equals the earlier gene."
     s = np.abs(checked(scores, "scores"))
-    if not 1 <= n_top <= s.shape[1]: raise InputError(f"the top {n_top} of {s.shape[1]} genes", "a number from 1 to the number of genes", "choose a smaller one")
+    if not 1 <= n_top <= s.shape[1]:
+        raise InputError(f"the top {n_top} of {s.shape[1]} genes", "a number from 1 to the number of genes", "choose a smaller one")
     mask = np.zeros(s.shape, dtype=bool)
     np.put_along_axis(mask, np.argsort(-s, axis=1, kind="stable")[:, :n_top], True, 1)
     return mask
@@ -387,7 +402,9 @@ def top_mask(
 # %% ../../nbs/metrics/01_effect.ipynb #c2e37da9
 _GEARS = "as reported by GEARS (top 20 genes): Roohani, Huang & Leskovec 2024, doi:10.1038/s41587-023-01905-6"
 
-@metric("pearson_deg@1", formula=r"\operatorname{cor}_{g\in\mathrm{DEG}}(r_g, p_g)", undefined="real or pred is constant over the DE genes, or there are fewer than two", source=_GEARS, **_COR)
+@metric("pearson_deg@1", formula=r"\operatorname{cor}_{g\in\mathrm{DEG}}(r_g, p_g)",
+        undefined="real or pred is constant over the DE genes, or there are fewer than two",
+        source=_GEARS, **_COR)
 def pearson_deg(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape
@@ -400,7 +417,8 @@ def pearson_deg(
     real, pred = real * deg, pred * deg
     return _correlation(real, pred, _largest(real), _largest(pred), deg.astype(float))
 
-@metric("mse_deg@1", formula=r"\frac1k\sum_{g\in\mathrm{DEG}} (r_g-p_g)^2", unit="effect squared", source=_GEARS, **{**_ERROR, "undefined": "no gene is differentially expressed"})
+@metric("mse_deg@1", formula=r"\frac1k\sum_{g\in\mathrm{DEG}} (r_g-p_g)^2", unit="effect squared",
+        source=_GEARS, **{**_ERROR, "undefined": "no gene is differentially expressed"})
 def mse_deg(
     real: np.ndarray,  # observed effects, perturbations by genes
     pred: np.ndarray,  # predicted effects, the same shape

@@ -54,6 +54,10 @@ def _metric_problem(m: Metric) -> "tuple | None":
     empty = [f.name for f in fields(m) if getattr(m, f.name) == ""]
     if empty: return f"no {empty[0]} for {m.id}", "every field filled in", "write it down"
 
+def _same_function(a: Callable, b: Callable) -> bool:
+    "Whether one is the other read again: reloaded, or run on the page (`__main__`) that exports it."
+    return a.__qualname__ == b.__qualname__ and (a.__module__ == b.__module__ or "__main__" in (a.__module__, b.__module__))
+
 def metric(
     id: str,  # name@version
     **about,  # the other fields of Metric, without fn
@@ -62,7 +66,7 @@ def metric(
     def add(fn):
         new, old = Metric(id=id, fn=fn, **about), METRICS.get(id)
         if problem := _metric_problem(new): raise InputError(*problem)
-        if old is not None and (old.fn.__module__, old.fn.__qualname__) != (fn.__module__, fn.__qualname__):
+        if old is not None and not _same_function(old.fn, fn):
             raise InputError(f"{id} is taken by {old.fn.__qualname__}", "an id of its own", "a changed definition gets the next version")
         METRICS[id] = new
         return fn
