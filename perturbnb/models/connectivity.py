@@ -159,7 +159,9 @@ def enrichment(
     sets: np.ndarray,  # column numbers, sets by longest set, as in Queries.up
 ) -> np.ndarray:  # sets by signatures, -1 to 1; NaN for an empty set, a constant signature, or a set of zeros
     "Weighted enrichment score (p = 1) of each set in each signature."
-    return _scan(library, np.asarray(sets), np.shape(library)[-1], _es)
+    sets, n = np.asarray(sets, np.int64), np.shape(library)[-1]
+    if sets.ndim != 2 or (sets.size and not 0 <= sets.min() <= sets.max() <= n): raise InputError(f"sets of shape {sets.shape} for {n} genes", f"column numbers from 0, and {n} where a place is unused", "see `gene_sets`")
+    return _scan(library, sets, n, _es)
 
 # %% ../../nbs/models/06_connectivity.ipynb #d5c3bb37
 def _two_sided(up: np.ndarray, down: np.ndarray, queries: Queries, half: float) -> np.ndarray:
@@ -175,7 +177,7 @@ def wtcs(
     queries: Queries,  # from `gene_sets` or `top_genes`
 ) -> np.ndarray:  # queries by signatures, -1 (reverse) to 1 (mimic)
     "Weighted connectivity score of each query with each library signature."
-    return _two_sided(enrichment(library, queries.up), enrichment(library, queries.down), queries, 0.5)
+    return _two_sided(*(_scan(library, q, queries.n_genes, _es) for q in (queries.up, queries.down)), queries, 0.5)
 
 # %% ../../nbs/models/06_connectivity.ipynb #4106c5e7
 def _ks(w: _Walk, sets: np.ndarray, size: np.ndarray, n_genes: int) -> np.ndarray:
