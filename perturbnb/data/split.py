@@ -243,8 +243,8 @@ def _strata(obs: pd.DataFrame, group: pd.Series, by: "str | None") -> "tuple[pd.
     first = n.sort_values(["g", "n", "s"], ascending=[True, False, True]).drop_duplicates("g").set_index("g")["s"]
     sizes = first.value_counts()
     thin = sorted(sizes.index[sizes < 3])
-    note = f"stratified by {by}: {len(sizes)} strata, of which {len(thin)} have fewer than 3 groups and cannot stand in train, val and test alike"
-    return row, first, (note + (f" ({', '.join(thin[:8])}{' …' * (len(thin) > 8)})" if thin else ""),)
+    note = f"; {len(thin)} of them have fewer than 3 groups and cannot stand in train, val and test alike: {', '.join(thin[:8])}{' …' * (len(thin) > 8)}"
+    return row, first, (f"stratified by {by}: {len(sizes)} strata" + note * bool(thin),)
 
 def _by_group(obs: pd.DataFrame, group: pd.Series, names: pd.Series, seed: int, rule: str, what: str, test, val, stratify, notes: tuple = ()) -> Dealt:
     "Deal whole groups; group and names (what is counted) are given for each row."
