@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, file_hash, nearest, rng, verified
-from .schema import LOG_MAX, _apply, _refuse_unsafe, is_control_name, join_genes, log1p_cp10k, pseudobulk
+from .schema import _apply, _refuse_unsafe, is_control_name, join_genes, log1p_cp10k, pseudobulk
 
 # %% ../../nbs/data/04_perturbseq.ipynb #b4dbd9ba
 def separator(
