@@ -54,7 +54,8 @@ def _values(data: h5py.Dataset, name: str, n: "int | None") -> pd.Series:
     "One metadata column; numbers stay numbers."
     if not isinstance(data, h5py.Dataset) or data.ndim != 1 or n not in (None, data.shape[0]):
         shape = getattr(data, "shape", "no array")
-        raise InputError(f"{name} has shape {shape}", f"one value for each of {n}" if n is not None else "a list", "the file is damaged: fetch it again")
+        raise InputError(f"{name} has shape {shape}", f"one value for each of {n}" if n is not None else "a list",
+                         "the file is damaged: fetch it again")
     v = data[()]
     if v.dtype.kind in "iuf": return pd.Series(v).mask(v == MISSING) if (v == MISSING).any() else pd.Series(v)
     return pd.Series([_text(x) for x in v], dtype=object)
@@ -63,9 +64,13 @@ def _values(data: h5py.Dataset, name: str, n: "int | None") -> pd.Series:
 def _ids(group: h5py.Group, name: str, n: int) -> pd.Index:
     "The ids of one axis, each there and each once."
     if "id" not in group: raise InputError(f"no {name}/id", "the GCTX 1.0 layout", "is it a GCTX file?")
-    ids = pd.Index(_values(group["id"], f"{name}/id", n).map(lambda v: _text(v) if not isinstance(v, float) or v % 1 else str(int(v))), dtype=object)
-    if ids.isna().any(): raise InputError(f"{name}/id number {int(ids.isna().argmax())} is empty", "an id for each", "the file is damaged: fetch it again")
-    for i in ids[ids.duplicated()][:1]: raise InputError(f"{i!r} stands twice in {name}/id", "each id once", "the file is damaged, or two files were joined: fetch it again")
+    ids = pd.Index(_values(group["id"], f"{name}/id", n).map(lambda v: _text(v) if not isinstance(v, float) or v % 1 else str(int(v))),
+                   dtype=object)
+    if ids.isna().any():
+        raise InputError(f"{name}/id number {int(ids.isna().argmax())} is empty", "an id for each", "the file is damaged: fetch it again")
+    for i in ids[ids.duplicated()][:1]:
+        raise InputError(f"{i!r} stands twice in {name}/id", "each id once",
+                         "the file is damaged, or two files were joined: fetch it again")
     return ids
 
 def _metadata(file: h5py.File, where: str, n: int) -> pd.DataFrame:
@@ -96,7 +101,9 @@ def _places(wanted: "Iterable | None", ids: pd.Index, what: str) -> np.ndarray:
     if isinstance(wanted, str): raise InputError(f"one text {wanted!r} as {what}", "a list of ids", f"write [{wanted!r}]")
     wanted = pd.Index([str(w) for w in wanted], dtype=object)
     place = ids.get_indexer(wanted)
-    for w in wanted[place < 0][:1]: raise InputError(f"{what} {w!r} is not in the file ({(place < 0).sum()} of {len(wanted)} wanted)", f"ids such as {ids[0]!r}", "look at the ids of the file")
+    for w in wanted[place < 0][:1]:
+        raise InputError(f"{what} {w!r} is not in the file ({(place < 0).sum()} of {len(wanted)} wanted)", f"ids such as {ids[0]!r}",
+                         "look at the ids of the file")
     for w in wanted[wanted.duplicated()][:1]: raise InputError(f"{what} {w!r} is wanted twice", "each id once", "drop the repetition")
     if not len(wanted): raise InputError(f"no {what} wanted", "at least one, or None for all", "look at the filter that came before")
     return place
@@ -121,7 +128,8 @@ def _refuse_gaps(a: ad.AnnData, path: Path) -> None:
     bad = ~np.isfinite(a.X) | (a.X == MISSING)
     if bad.any():
         r, c = np.argwhere(bad)[0]
-        raise InputError(f"{path}: signature {a.obs_names[r]!r}, gene {a.var_names[c]!r}: {a.X[r, c]:g} ({bad.sum()} such values)", "a finite z-score", "leave the signature or the gene out")
+        raise InputError(f"{path}: signature {a.obs_names[r]!r}, gene {a.var_names[c]!r}: {a.X[r, c]:g} ({bad.sum()} such values)",
+                         "a finite z-score", "leave the signature or the gene out")
 
 # %% ../../nbs/data/02_lincs.ipynb #556ba708
 def read_gctx(
@@ -138,7 +146,8 @@ def read_gctx(
         with h5py.File(path, "r") as f: a = _read(f, signatures, genes, gene_info)
     except InputError as e: raise e if str(path) in e.came else InputError(f"{path}: {e.came}", e.expected, e.cure) from None
     except Exception as e:
-        raise InputError(f"{path} cannot be read as GCTX ({type(e).__name__}: {str(e)[:80]})", "an intact HDF5 file in the GCTX 1.0 layout", "fetch the file again") from e
+        raise InputError(f"{path} cannot be read as GCTX ({type(e).__name__}: {str(e)[:80]})", "an intact HDF5 file in the GCTX 1.0 layout",
+                         "fetch the file again") from e
     _refuse_gaps(a, path)
     a.uns["gctx"] |= {"file": path.name, "sha256": file_hash(path) if path.stat().st_size < 2**31 else ""}
     return a
@@ -146,13 +155,15 @@ def read_gctx(
 def _read(f: h5py.File, wanted_signatures, wanted_genes, gene_info) -> ad.AnnData:
     "The wanted part of an open file."
     version, matrix = _text(np.ravel(f.attrs.get("version", b""))[0]) or "none", f.get(MATRIX)
-    if not isinstance(matrix, h5py.Dataset) or matrix.ndim != 2: raise InputError(f"no table {MATRIX}", "the GCTX 1.0 layout", "is it a GCTX file?")
+    if not isinstance(matrix, h5py.Dataset) or matrix.ndim != 2:
+        raise InputError(f"no table {MATRIX}", "the GCTX 1.0 layout", "is it a GCTX file?")
     if not version.startswith("GCTX1"): raise InputError(f"version {version}", "GCTX1.0", "convert the file to GCTX 1.0")
     if matrix.dtype.kind not in "fiu": raise InputError(f"a matrix of {matrix.dtype}", "numbers", "fetch the file again")
     n_col, n_row = (f[f"0/META/{w}/id"].shape[0] if f"0/META/{w}/id" in f else 0 for w in ("COL", "ROW"))
     if matrix.shape != (n_col, n_row):
         turned = "it is stored the other way round" if matrix.shape == (n_row, n_col) else "the file is damaged: fetch it again"
-        raise InputError(f"a matrix of {matrix.shape[0]} by {matrix.shape[1]} for {n_col} signatures and {n_row} genes", "signatures by genes", turned)
+        raise InputError(f"a matrix of {matrix.shape[0]} by {matrix.shape[1]} for {n_col} signatures and {n_row} genes",
+                         "signatures by genes", turned)
     obs, var = _metadata(f, "COL", n_col), _genes(_metadata(f, "ROW", n_row), gene_info)
     r, c = _places(wanted_signatures, obs.index, "signature"), _places(wanted_genes, var.index, "gene")
     return ad.AnnData(_read_rows(matrix, r, c), obs.iloc[r], var.iloc[c], uns={"gctx": {"version": version}})
@@ -163,7 +174,8 @@ def read_geneinfo(
 ) -> pd.DataFrame:  # index: Entrez id as text; symbol, ensembl_id, feature_space
     "The release's table of genes."
     t = _read_table(path, ["gene_id", "gene_symbol", "feature_space"])
-    for g in t.gene_id[t.gene_id.duplicated()][:1]: raise InputError(f"{path}: gene {g} stands twice", "each gene once", "fetch the file again")
+    for g in t.gene_id[t.gene_id.duplicated()][:1]:
+        raise InputError(f"{path}: gene {g} stands twice", "each gene once", "fetch the file again")
     return t.rename(columns={"gene_symbol": "symbol"}).set_index("gene_id")
 
 def _read_table(path, needed: Sequence[str], columns: "Sequence[str] | None" = None) -> pd.DataFrame:
@@ -171,7 +183,9 @@ def _read_table(path, needed: Sequence[str], columns: "Sequence[str] | None" = N
     path = verified(path)
     try: t = pd.read_parquet(path, columns=columns) if path.suffix == ".parquet" else _read_text(path, columns)
     except InputError: raise
-    except Exception as e: raise InputError(f"{path} cannot be read as a table ({type(e).__name__}: {str(e)[:80]})", "a tab-separated or Parquet table", "fetch the file again") from e
+    except Exception as e:
+        raise InputError(f"{path} cannot be read as a table ({type(e).__name__}: {str(e)[:80]})", "a tab-separated or Parquet table",
+                         "fetch the file again") from e
     for c in needed:
         if c not in t: raise InputError(f"{path}: no column {c!r}", "a table with " + ", ".join(needed), nearest(c, t.columns))
     text = t.select_dtypes("object").columns
@@ -196,17 +210,21 @@ def add_siginfo(
     "Join what the release says of each signature, by sig_id."
     t = siginfo if isinstance(siginfo, pd.DataFrame) else _read_table(siginfo, ["sig_id"])
     if "sig_id" not in t: raise InputError("no column 'sig_id'", "a table of signatures", nearest("sig_id", t.columns))
-    for s in t.sig_id[t.sig_id.duplicated()][:1]: raise InputError(f"sig_id {s!r} stands twice in the table", "each signature once", "drop the repetition")
+    for s in t.sig_id[t.sig_id.duplicated()][:1]:
+        raise InputError(f"sig_id {s!r} stands twice in the table", "each signature once", "drop the repetition")
     at = t.set_index("sig_id").reindex(adata.obs_names)
     lost = ~adata.obs_names.isin(t.sig_id)
-    if lost.any(): raise InputError(f"signature {adata.obs_names[lost][0]!r} is not in the table ({lost.sum()} such)", "a row for each signature", "is it the table of the same release?")
+    if lost.any():
+        raise InputError(f"signature {adata.obs_names[lost][0]!r} is not in the table ({lost.sum()} such)", "a row for each signature",
+                         "is it the table of the same release?")
     out = adata.copy()
     out.obs = pd.concat([out.obs.drop(columns=at.columns, errors="ignore"), at], axis=1)
     return out
 
 # %% ../../nbs/data/02_lincs.ipynb #13a25fa2
-TYPES = {"trt_cp": "compound", "trt_poscon": "compound", "trt_sh": "shrna", "trt_sh.cgs": "shrna", "trt_sh.css": "shrna", "trt_xpr": "crispr_ko",
-         "ctl_vehicle": "control", "ctl_vector": "control", "ctl_untrt": "control", "ctl_vehicle.cns": "control", "ctl_vector.cns": "control", "ctl_untrt.cns": "control"}
+TYPES = {"trt_cp": "compound", "trt_poscon": "compound", "trt_xpr": "crispr_ko",
+         "trt_sh": "shrna", "trt_sh.cgs": "shrna", "trt_sh.css": "shrna",
+         **{f"ctl_{kind}{level}": "control" for kind in ("vehicle", "vector", "untrt") for level in ("", ".cns")}}
 _CONTROL = {"dmso": "DMSO", "h2o": "H2O", "pbs": "PBS", "empty_vector": "empty_vector"}
 _NAMELESS = re.compile(r"(compound|cpd|cmpd)[ _-]?\d+", re.I)
 
@@ -225,7 +243,8 @@ def _names(obs: pd.DataFrame, kind: pd.Series) -> pd.Series:
     "The perturbation of each row."
     name, ids = _first(obs, "pert_iname", "cmap_name", "pert_desc", "pert_id"), _first(obs, "pert_id")
     name = name.where(~(name.map(lambda v: bool(_NAMELESS.fullmatch(str(v)))) & ids.notna()), ids)
-    default = _first(obs, "pert_type").map(lambda t: {"ctl_vehicle": "vehicle", "ctl_untrt": "untreated"}.get(str(t).lower().removesuffix(".cns"), "non-targeting"))
+    default = _first(obs, "pert_type").map(lambda t: {"ctl_vehicle": "vehicle",
+                                                      "ctl_untrt": "untreated"}.get(str(t).lower().removesuffix(".cns"), "non-targeting"))
     control = name.map(lambda v: _CONTROL.get(str(v).casefold())).where(lambda s: s.notna(), default)
     return _one_spelling(name.where(kind.ne("control"), control))
 
@@ -242,9 +261,11 @@ def _number(text, units: dict) -> float:
 
 def _measure(obs: pd.DataFrame, what: str, units: dict) -> pd.Series:
     "Dose or time of each row."
-    single = _first(obs, f"pert_{what}", f"exp_pert_{what}").astype(str) + " " + _first(obs, f"pert_{what}_unit", f"exp_pert_{what}_unit").astype(str)
+    single = _first(obs, f"pert_{what}", f"exp_pert_{what}").astype(str) + " " + _first(obs, f"pert_{what}_unit",
+                                                                                        f"exp_pert_{what}_unit").astype(str)
     together = _first(obs, f"pert_i{what}")
-    return pd.Series([_number(s, units) if np.isfinite(_number(s, units)) else _number(t, units) for s, t in zip(single, together)], obs.index, dtype=float)
+    return pd.Series([_number(s, units) if np.isfinite(_number(s, units)) else _number(t, units) for s, t in zip(single, together)],
+                     obs.index, dtype=float)
 
 # %% ../../nbs/data/02_lincs.ipynb #06a554f2
 def _stem(plates: "str | None") -> "str | None":
@@ -260,14 +281,17 @@ def _lab(obs: pd.DataFrame) -> pd.DataFrame:
     n = pd.to_numeric(_first(obs, "nsample", "distil_nsample"), errors="coerce").fillna(1)
     several = (n > 1) | well.isna() | plate.map(lambda p: "|" in str(p))
     return pd.DataFrame({"batch": plate.map(_stem).where(plate.notna(), parts[0]).astype(object), "n_cells": n.astype(int),
-                         "replicate": well.where(~several, parts[2].where(parts[2] != "", obs.index.to_series())).astype(object)}, index=obs.index)
+                         "replicate": well.where(~several, parts[2].where(parts[2] != "",
+                                                                          obs.index.to_series())).astype(object)}, index=obs.index)
 
 def _gaps(obs: pd.DataFrame) -> pd.Series:
     "Why a row cannot stand in a signature table; empty where it can."
     out = pd.Series("", obs.index)
     drug = obs.pert_type == "compound"
-    for why, bad in (("no known pert_type", obs.pert_type.isna()), ("no name", obs.pert.isna()), ("no cell line", obs.cell_line.isna()),
-                     ("a dose written as 0", drug & obs.dose_um.eq(0)), ("no dose in µM", drug & obs.dose_um.isna()), ("no single time", drug & obs.time_h.isna())): out[bad & out.eq("")] = why
+    reasons = {"no known pert_type": obs.pert_type.isna(), "no name": obs.pert.isna(), "no cell line": obs.cell_line.isna(),
+               "a dose written as 0": drug & obs.dose_um.eq(0), "no dose in µM": drug & obs.dose_um.isna(),
+               "no single time": drug & obs.time_h.isna()}
+    for why, bad in reasons.items(): out[bad & out.eq("")] = why
     return out
 
 # %% ../../nbs/data/02_lincs.ipynb #d65ca2a9
@@ -281,19 +305,24 @@ def to_signatures(
 ) -> ad.AnnData:  # signature table, scale zscore; obs also pert_id and what describes quality
     "The z-scores as a checked signature table."
     if missing not in ("raise", "drop"): raise InputError(f"missing={missing!r}", "raise or drop", nearest(missing, ["raise", "drop"]))
-    if "pert_type" not in adata.obs: raise InputError("no column 'pert_type' in obs", "the signature's metadata", "join it with `add_siginfo`")
+    if "pert_type" not in adata.obs:
+        raise InputError("no column 'pert_type' in obs", "the signature's metadata", "join it with `add_siginfo`")
     obs = _described(adata.obs, cell_line)
     why = _gaps(obs)
     lost = [f"{i}: {w}" for i, w in why[why.ne("")].items()]
-    if lost and (missing == "raise" or len(lost) == len(obs)): raise InputError(f"{len(lost)} of {len(obs)} rows cannot be used, the first is {lost[0]}", "type, name, line, dose and time", "say missing='drop', or give what is missing (cell_line=)")
+    if lost and (missing == "raise" or len(lost) == len(obs)):
+        raise InputError(f"{len(lost)} of {len(obs)} rows cannot be used, the first is {lost[0]}", "type, name, line, dose and time",
+                         "say missing='drop', or give what is missing (cell_line=)")
     keep = why.eq("").to_numpy()
-    var = adata.var.assign(symbol=adata.var["symbol"].where(adata.var["symbol"].notna(), "gene " + adata.var.index) if "symbol" in adata.var else "gene " + adata.var.index)
+    unnamed = pd.Series("gene " + adata.var.index, adata.var.index)
+    var = adata.var.assign(symbol=adata.var.symbol.where(adata.var.symbol.notna(), unnamed) if "symbol" in adata.var else unnamed)
     sha = adata.uns.get("gctx", {}).get("sha256") or content_hash(adata)
     out = signatures(np.asarray(adata.X[keep], np.float32), obs[keep], var, scale="zscore", reference=reference, source=source, hash=sha)
     if lost: out.uns["perturbnb"]["dropped"] = lost
     return out
 
-_QUALITY = ("pert_id", "tas", "distil_tas", "cc_q75", "distil_cc_q75", "distil_ss", "ss_ngene", "is_gold", "is_hiq", "qc_pass", "is_exemplar_sig", "is_ncs_sig", "pct_self_rank_q25")
+_QUALITY = ("pert_id", "tas", "distil_tas", "cc_q75", "distil_cc_q75", "distil_ss", "ss_ngene", "is_gold", "is_hiq", "qc_pass",
+            "is_exemplar_sig", "is_ncs_sig", "pct_self_rank_q25")
 
 def _described(obs: pd.DataFrame, cell_line: "str | None") -> pd.DataFrame:
     "The columns of a signature table from those of a release."
@@ -331,9 +360,11 @@ def read_moa(
     rows = [d.assign(by="name", key=d.name)]
     if samples is not None:
         s = _read_table(samples, ["broad_id", "pert_iname", "vendor_name", "deprecated_broad_id"])
-        s = s.assign(name=s.pert_iname.map(_plain_name)).drop(columns="pert_iname").merge(d[["name", "moa", "target"]].drop_duplicates("name"), on="name")
+        s = s.assign(name=s.pert_iname.map(_plain_name)).drop(columns="pert_iname").merge(d[["name", "moa",
+                                                                                             "target"]].drop_duplicates("name"), on="name")
         old = s.assign(key=s.deprecated_broad_id.fillna("").str.split("|")).explode("key")
-        rows += [s.assign(by="id", key=s.broad_id.str[:13]), old.assign(by="earlier id", key=old.key.str.strip().str[:13]), s.assign(by="vendor", key=s.vendor_name.map(lambda v: _plain_name(v) if v else ""))]
+        rows += [s.assign(by="id", key=s.broad_id.str[:13]), old.assign(by="earlier id", key=old.key.str.strip().str[:13]),
+                 s.assign(by="vendor", key=s.vendor_name.map(lambda v: _plain_name(v) if v else ""))]
     t = pd.concat(rows)[["by", "key", "moa", "target"]].drop_duplicates()
     return _unambiguous(t[t.key.fillna("") != ""])
 
@@ -354,7 +385,8 @@ def add_moa(
     "The mechanism of each compound, where the table knows one."
     o, out = adata.obs, adata.copy()
     keys = {"id": _first(o, "pert_id").map(lambda v: str(v)[:13]), "name": o.pert.map(_plain_name)}
-    keys |= {"earlier id": keys["id"], "vendor": keys["name"], "release name": keys["id"].map(lambda v: _plain_name((names or {}).get(v, "")))}
+    keys |= {"earlier id": keys["id"], "vendor": keys["name"],
+             "release name": keys["id"].map(lambda v: _plain_name((names or {}).get(v, "")))}
     found = pd.DataFrame(None, o.index, ["moa", "targets", "moa_by"], dtype=object)
     for route in ROUTES:
         t = moa[moa.by == ("name" if route == "release name" else route)].set_index("key")
@@ -373,6 +405,7 @@ def read_compoundinfo(
     t = _read_table(path, ["pert_id", "cmap_name", "moa", "target", "canonical_smiles", "inchi_key"])
     t["canonical_smiles"] = t.canonical_smiles.where(t.canonical_smiles.str.lower() != "restricted")
     one = lambda s: next(iter(s.dropna()), None)
-    out = t.groupby("pert_id").agg(pert=("cmap_name", one), moa=("moa", _joined), targets=("target", lambda s: _joined(s.sort_values(), "+")),
+    out = t.groupby("pert_id").agg(pert=("cmap_name", one), moa=("moa", _joined),
+                                   targets=("target", lambda s: _joined(s.sort_values(), "+")),
                                    smiles=("canonical_smiles", one), inchi_key=("inchi_key", one))
     return out.astype(object).where(out.notna(), None)

@@ -8,18 +8,17 @@ __all__ = ['ALIASES', 'VARIANTS', 'separator', 'parse_labels', 'genes_of', 'Stat
 
 # %% ../../nbs/data/04_perturbseq.ipynb #2943b41b
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, file_hash, nearest, rng, verified
-from .schema import LOG_MAX, _apply, _refuse_unsafe, is_control_name, join_genes, log1p_cp10k, pseudobulk
+from .schema import _apply, _refuse_unsafe, is_control_name, join_genes, log1p_cp10k, pseudobulk
 
 # %% ../../nbs/data/04_perturbseq.ipynb #b4dbd9ba
 def separator(
@@ -34,7 +33,9 @@ def parse_labels(
 ) -> pd.Series:  # KLF1+SET, KLF1, control
     "Labels of any dialect in one form."
     gone = labels.isna() | labels.astype(str).str.strip().str.lower().isin(["", "nan", "none", "*", "unassigned"])
-    if gone.any(): raise InputError(f"cell {labels.index[gone][0]!r} has no perturbation ({gone.sum()} such cells)", "a label for each cell", "drop cells without a guide first")
+    if gone.any():
+        raise InputError(f"cell {labels.index[gone][0]!r} has no perturbation ({gone.sum()} such cells)", "a label for each cell",
+                         "drop cells without a guide first")
     kinds = labels.astype(str).unique()
     sep = sep or separator(kinds)
     return labels.astype(str).map({v: _canonical(v, sep) for v in kinds})
@@ -44,7 +45,8 @@ def _canonical(label: str, sep: str) -> str:
     if is_control_name(label.strip()): return "control"
     genes = [g.strip() for g in label.split(sep)]
     real = [g for g in genes if g and not is_control_name(g)]
-    if "" in genes or len(set(real)) < len(real): raise InputError(f"the label {label!r}", f"different genes joined by {sep}", "correct it, or name the sign with sep=")
+    if "" in genes or len(set(real)) < len(real):
+        raise InputError(f"the label {label!r}", f"different genes joined by {sep}", "correct it, or name the sign with sep=")
     return join_genes(genes)
 
 # %% ../../nbs/data/04_perturbseq.ipynb #58eb8163
@@ -57,11 +59,13 @@ def genes_of(
 # %% ../../nbs/data/04_perturbseq.ipynb #ca551874
 def _lanes(obs: pd.DataFrame, column: "str | None") -> pd.Series:
     "The lane of each cell."
-    if column is not None and column not in obs: raise InputError(f"no column {column!r} in obs", "the column of the lane", nearest(column, obs.columns))
+    if column is not None and column not in obs:
+        raise InputError(f"no column {column!r} in obs", "the column of the lane", nearest(column, obs.columns))
     column = column or next((c for c in ("gemgroup", "batch", "lane") if c in obs), None)
     found = obs.index.to_series().astype(str).str.extract(r"-(\d+)$")[0] if column is None else obs[column].astype(object)
     if found.isna().any():
-        raise InputError(f"the lane of cell {obs.index[found.isna()][0]!r} is not known ({found.isna().sum()} such cells)", "gemgroup, or a number after the barcode", "name a column with batch=")
+        raise InputError(f"the lane of cell {obs.index[found.isna()][0]!r} is not known ({found.isna().sum()} such cells)",
+                         "gemgroup, or a number after the barcode", "name a column with batch=")
     whole = found.map(lambda v: str(int(v)) if isinstance(v, (float, np.floating)) and v == int(v) else str(v))
     return "lane " + whole.str.removeprefix("lane ")
 
@@ -116,17 +120,24 @@ def value_state(
 ) -> State:
     "Whether values are counts or logarithms, and of what."
     v = _sample(x)
-    if not np.isfinite(v).all() or (v < 0).any(): raise InputError("values that are negative or not finite", "counts or log1p of scaled counts", "scaled or centred values cannot be used: start from the counts")
+    if not np.isfinite(v).all() or (v < 0).any():
+        raise InputError("values that are negative or not finite", "counts or log1p of scaled counts",
+                         "scaled or centred values cannot be used: start from the counts")
     if not v.any(): raise InputError("values that are all 0", "counts or log1p of scaled counts", "look at the file")
     if (v % 1 == 0).all(): return State("counts", 0.0, "all values are whole")
-    if v.max() > 15: raise InputError(f"values that are not whole and reach {v.max():.0f}", "counts, or log1p (at most about 10)", "scaled counts without a log? start from the counts")
+    if v.max() > 15:
+        raise InputError(f"values that are not whole and reach {v.max():.0f}", "counts, or log1p (at most about 10)",
+                         "scaled counts without a log? start from the counts")
     scaled = np.expm1(v)
     if target_sum is not None: return State("log1p", float(target_sum), "as the caller said")
-    if counts is not None and (T := _target_from_counts(scaled, _sample(counts))): return State("log1p", T, "the layer of counts gives whole totals")
+    if counts is not None and (T := _target_from_counts(scaled, _sample(counts))): return State("log1p", T,
+                                                                                                "the layer of counts gives whole totals")
     if _whole_units(scaled) > 0.95: return State("log1p", 10_000.0, "counts come back whole")
     total = scaled.sum(1)
-    if len(total) > 1 and np.ptp(total) < 0.01 * total.mean(): return State("log1p", round(float(np.median(total)), 1), "every cell has this total")
-    raise InputError("logarithms whose scale the values do not tell", "log1p of counts scaled to a known total", "say target_sum=10_000 if that is known, or start from the counts")
+    if len(total) > 1 and np.ptp(total) < 0.01 * total.mean(): return State("log1p", round(float(np.median(total)), 1),
+                                                                            "every cell has this total")
+    raise InputError("logarithms whose scale the values do not tell", "log1p of counts scaled to a known total",
+                     "say target_sum=10_000 if that is known, or start from the counts")
 
 # %% ../../nbs/data/04_perturbseq.ipynb #cce849ff
 TOTALS = ("ncounts", "total_counts", "n_counts", "nCount_RNA")  # counts of a cell over all genes
@@ -159,7 +170,8 @@ def measured(
     at = at[~at.index.duplicated()]
     return pd.Series({g: at.get(g, at.get(both.get(g))) for g in genes}, dtype=object)
 
-_IDS, _SYMBOLS = ("ensemble_id", "ensembl_id", "gene_id", "gene_ids", "index"), ("symbol", "gene_name", "feature_name", "gene_symbol", "gene_symbols")
+_IDS, _SYMBOLS = ("ensemble_id", "ensembl_id", "gene_id", "gene_ids", "index"), ("symbol", "gene_name", "feature_name", "gene_symbol",
+                                                                                 "gene_symbols")
 
 def _gene_table(var: pd.DataFrame) -> pd.DataFrame:
     "Genes indexed by Ensembl id where known, with their symbol."
@@ -167,7 +179,8 @@ def _gene_table(var: pd.DataFrame) -> pd.DataFrame:
     ids = next((v.str.replace(r"\.\d+$", "", regex=True) for v in columns.values() if v.str.match(r"ENS[A-Z]*G\d{11}").all()), None)
     names = next((columns[c] for c in (*_SYMBOLS, "") if c in columns and not columns[c].str.match(r"ENS[A-Z]*G\d{11}").any()), columns[""])
     index = ids if ids is not None and ids.is_unique else names
-    for g in index[index.duplicated()][:1]: raise InputError(f"gene {g!r} stands twice in var", "each gene once", "make the names unique, or sum the columns")
+    for g in index[index.duplicated()][:1]:
+        raise InputError(f"gene {g!r} stands twice in var", "each gene once", "make the names unique, or sum the columns")
     rest = var.drop(columns=[c for c in ("symbol", *_IDS) if c in var]).set_axis(index.to_numpy(), axis=0)
     return rest.assign(symbol=names.to_numpy()).rename_axis(None)
 
@@ -192,7 +205,8 @@ def variant_of(
     if v is None: return ""
     have = obs.drop_duplicates("pert").n_genes.value_counts()
     if (have.get(1, 0), have.get(2, 0)) != (v.singles, v.doubles):
-        raise InputError(f"{have.get(1, 0)} single and {have.get(2, 0)} double perturbations in variant {v.name}", f"{v.singles} and {v.doubles}", "look at the label column (label=) and its sign (sep=)")
+        raise InputError(f"{have.get(1, 0)} single and {have.get(2, 0)} double perturbations in variant {v.name}",
+                         f"{v.singles} and {v.doubles}", "look at the label column (label=) and its sign (sep=)")
     return v.name
 
 # %% ../../nbs/data/04_perturbseq.ipynb #8cd2f44e
@@ -205,16 +219,21 @@ def _open(path: Path) -> ad.AnnData:
         return ad.read_h5ad(path)
     except InputError: raise
     except Exception as e:
-        raise InputError(f"{path} cannot be read as h5ad ({type(e).__name__}: {str(e)[:80]})", "an intact h5ad file", "fetch the file again") from e
+        raise InputError(f"{path} cannot be read as h5ad ({type(e).__name__}: {str(e)[:80]})", "an intact h5ad file",
+                         "fetch the file again") from e
 
 def _cells(a: ad.AnnData, label: "str | None", sep, cell_line: str, pert_type: str, batch) -> pd.DataFrame:
     "The columns of a signature table for each cell, and what the file said beside them."
     label = label or next((c for c in _LABELS if c in a.obs), None)
-    if label not in a.obs: raise InputError(f"no column {label!r} in obs" if label else "no column of labels", "the column of the perturbation", f"name it with label= ({', '.join(a.obs.columns[:12])})")
-    for c in a.obs_names[a.obs_names.duplicated()][:1]: raise InputError(f"cell {c!r} stands twice", "each barcode once", "make the barcodes unique")
+    if label not in a.obs:
+        raise InputError(f"no column {label!r} in obs" if label else "no column of labels", "the column of the perturbation",
+                         f"name it with label= ({', '.join(a.obs.columns[:12])})")
+    for c in a.obs_names[a.obs_names.duplicated()][:1]:
+        raise InputError(f"cell {c!r} stands twice", "each barcode once", "make the barcodes unique")
     said = a.obs["cell_line"].astype(str).unique() if "cell_line" in a.obs else []
     for v in said:
-        if re.sub(r"\W", "", v).upper() != re.sub(r"\W", "", cell_line).upper(): raise InputError(f"the file says cell_line {v}", cell_line, f"say cell_line={v!r} if the file is right")
+        if re.sub(r"\W", "", v).upper() != re.sub(r"\W", "", cell_line).upper():
+            raise InputError(f"the file says cell_line {v}", cell_line, f"say cell_line={v!r} if the file is right")
     pert = parse_labels(a.obs[label], sep)
     n = pert.map({p: len(genes_of(p)) for p in pert.unique()}).astype(int)
     kept = a.obs.rename(columns={"cell_type": "cell_type_in_file"}).drop(columns=["pert", "n_genes", "cell_line", "batch"], errors="ignore")
@@ -234,14 +253,17 @@ def read_perturbseq(
     target_sum: "float | None" = None,  # total to which cells were scaled, where the values do not tell
 ) -> ad.AnnData:  # X log1p CP10k; layers["counts"] where known; obs of a signature table and n_genes, is_control
     "Cells of a Perturb-seq screen in one form, whatever the dialect of the file."
-    if pert_type not in ("crispra", "crispri", "crispr_ko"): raise InputError(f"pert_type={pert_type!r}", "crispra, crispri or crispr_ko", nearest(pert_type, ["crispra", "crispri", "crispr_ko"]))
+    if pert_type not in ("crispra", "crispri", "crispr_ko"):
+        raise InputError(f"pert_type={pert_type!r}", "crispra, crispri or crispr_ko",
+                         nearest(pert_type, ["crispra", "crispri", "crispr_ko"]))
     path = verified(path)
     a = _open(path)
     obs, var = _cells(a, label, sep, cell_line, pert_type, batch), _gene_table(a.var)
     total = next((pd.to_numeric(a.obs[c]).to_numpy(float) for c in TOTALS if c in a.obs), None)
     try: x, counts, state = _values(a, total, target_sum)
     except InputError as e: raise InputError(f"{path}: {e.came}", e.expected, e.cure) from None
-    meta = {"file": path.name, "sha256": file_hash(path), "state": f"{state.kind}, target {state.target:g}: {state.how}", "variant": variant_of(obs, len(var))}
+    meta = {"file": path.name, "sha256": file_hash(path), "state": f"{state.kind}, target {state.target:g}: {state.how}",
+            "variant": variant_of(obs, len(var))}
     return ad.AnnData(x, obs, var, uns={"perturbseq": meta}, layers={} if counts is None else {"counts": counts})
 
 def _values(a: ad.AnnData, total: "np.ndarray | None", target_sum: "float | None") -> tuple:
@@ -284,9 +306,12 @@ def _dialect(kind: str, t: dict, target: float) -> ad.AnnData:
     log = lambda T: np.log1p(t["counts"] * (T / t["total"])[:, None]).astype(np.float32)
     var = pd.DataFrame(index=t["genes"])
     if kind == "A":
-        obs = pd.DataFrame({"perturbation": ["_".join(p) or "control" for p in mixed], "gemgroup": t["lane"], "cell_line": "K562", "ncounts": t["total"]}, t["ids"])
-        return ad.AnnData(sparse.csr_matrix(t["counts"], dtype=np.float32), obs, var.assign(ensemble_id=[f"ENSG{i:011d}" for i in range(12)]))
-    if kind == "B": return ad.AnnData(log(10_000), pd.DataFrame({"perturbation_name": ["+".join(p) or "control" for p in mixed], "total_counts": t["total"]}, t["ids"]), var)
+        obs = pd.DataFrame({"perturbation": ["_".join(p) or "control" for p in mixed], "gemgroup": t["lane"], "cell_line": "K562",
+                            "ncounts": t["total"]}, t["ids"])
+        return ad.AnnData(sparse.csr_matrix(t["counts"], dtype=np.float32), obs,
+                          var.assign(ensemble_id=[f"ENSG{i:011d}" for i in range(12)]))
+    if kind == "B": return ad.AnnData(log(10_000), pd.DataFrame({"perturbation_name": ["+".join(p) or "control" for p in mixed],
+                                                                 "total_counts": t["total"]}, t["ids"]), var)
     label = ["ctrl" if not p else "+".join(p) if len(p) == 2 else f"ctrl+{p[0]}" if f else f"{p[0]}+ctrl" for p, f in zip(mixed, t["flip"])]
     obs = pd.DataFrame({"condition": label, "cell_type": "A549", "control": [int(not p) for p in mixed]}, t["ids"])
     return ad.AnnData(log(target), obs, var.assign(gene_name=t["genes"]), layers={"counts": t["counts"].astype(np.float32)})
@@ -302,4 +327,5 @@ def bulk_of(
     obs = cells.obs if "batch" in by else cells.obs.assign(batch="lanes pooled")
     meta = cells.uns["perturbseq"]
     rest = [c for c in ("pert_type", "cell_line", "dose_um", "time_h", "batch", "n_genes", "is_control") if c not in by]
-    return pseudobulk(ad.AnnData(cells.X, obs, cells.var), by, keep=rest, log1p=True, source=f"Perturb-seq, {meta['file']}", hash=meta["sha256"])
+    return pseudobulk(ad.AnnData(cells.X, obs, cells.var), by, keep=rest, log1p=True, source=f"Perturb-seq, {meta['file']}",
+                      hash=meta["sha256"])

@@ -7,7 +7,7 @@ __all__ = ['CORRELATIONS', 'MIN_REFERENCE', 'METHODS', 'Queries', 'gene_sets', '
            'lamb', 'xsum', 'correlation', 'normalise', 'tau', 'summarise', 'random_sets', 'p_values', 'Connectivity']
 
 # %% ../../nbs/models/06_connectivity.ipynb #60cd6421
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,8 @@ def _side(name: str, side: str, asked: Sequence, at: pd.Index, min_overlap: int)
     "Columns of the genes of one list; an error if one stands twice or too few are there."
     if isinstance(asked, str): raise InputError(f"query {name!r}: the {side} genes are one text", "a list of genes", "split it")
     asked = pd.Index(list(asked), dtype=object)
-    for g in asked[asked.duplicated()][:1]: raise InputError(f"query {name!r}: {g!r} stands twice among the {side} genes", "each gene once", "drop one")
+    for g in asked[asked.duplicated()][:1]:
+        raise InputError(f"query {name!r}: {g!r} stands twice among the {side} genes", "each gene once", "drop one")
     found = at.get_indexer(asked)
     if len(asked) and (found >= 0).sum() < min_overlap:
         raise InputError(f"query {name!r}: {(found >= 0).sum()} of {len(asked)} {side} genes are in the library", f"at least {min_overlap}",
@@ -45,7 +46,8 @@ def _side(name: str, side: str, asked: Sequence, at: pd.Index, min_overlap: int)
 def _library_genes(genes: Sequence) -> pd.Index:
     "The genes of a library, each once."
     at = pd.Index(list(genes), dtype=object)
-    for g in at[at.duplicated()][:1]: raise InputError(f"gene {g!r} stands twice in the library", "each gene once", "drop or average the repeated gene")
+    for g in at[at.duplicated()][:1]:
+        raise InputError(f"gene {g!r} stands twice in the library", "each gene once", "drop or average the repeated gene")
     return at
 
 # %% ../../nbs/models/06_connectivity.ipynb #6f1e46dd
@@ -58,7 +60,8 @@ def gene_sets(
     "Queries given as lists of genes."
     at, rows = _library_genes(genes), {"up": [], "down": []}
     for name, lists in queries.items():
-        if isinstance(lists, str) or len(lists) != 2: raise InputError(f"query {name!r}", "a pair (up genes, down genes)", "give an empty list for a side without genes")
+        if isinstance(lists, str) or len(lists) != 2:
+            raise InputError(f"query {name!r}", "a pair (up genes, down genes)", "give an empty list for a side without genes")
         if not any(map(len, lists)): raise InputError(f"query {name!r} has no genes", "genes on one side at least", "drop it")
         for side, asked in zip(rows, lists): rows[side].append(_side(str(name), side, asked, at, min_overlap))
         if both := set(rows["up"][-1]) & set(rows["down"][-1]):
@@ -67,7 +70,8 @@ def gene_sets(
     count = {f"{s}_asked": [len(q[i]) for q in queries.values()] for i, s in enumerate(rows)}
     count |= {f"{s}_found": [len(r) for r in rows[s]] for s in rows}
     table = pd.DataFrame(count, index=pd.Index([str(n) for n in queries], name="query"))
-    return Queries(list(table.index), *(_padded(r, len(at)) for r in rows.values()), len(at), table[["up_asked", "up_found", "down_asked", "down_found"]])
+    return Queries(list(table.index), *(_padded(r, len(at)) for r in rows.values()), len(at),
+                   table[["up_asked", "up_found", "down_asked", "down_found"]])
 
 # %% ../../nbs/models/06_connectivity.ipynb #389401d0
 def common_genes(
@@ -86,7 +90,8 @@ def common_genes(
 def _finite(X, what: str) -> np.ndarray:
     "A two-dimensional table of finite numbers as float64."
     x = np.asarray(X, dtype=float)
-    if x.ndim != 2 or 0 in x.shape: raise InputError(f"a {what} of shape {x.shape}", "signatures by genes, at least one of each", "reshape it")
+    if x.ndim != 2 or 0 in x.shape:
+        raise InputError(f"a {what} of shape {x.shape}", "signatures by genes, at least one of each", "reshape it")
     for r, c in np.argwhere(~np.isfinite(x))[:1]:
         raise InputError(f"{what}, row {r}, gene number {c}: {x[r, c]:g}", "a finite number for each gene", "drop the gene or the row")
     return x
@@ -100,8 +105,10 @@ def top_genes(
 ) -> Queries:
     "The n largest and n smallest values of each signature as its up and down genes."
     x = _finite(X, "query")
-    if not 1 <= n <= x.shape[1] // 4: raise InputError(f"{n} genes on each side of {x.shape[1]}", f"1 to {x.shape[1] // 4}, a quarter of the genes", "choose fewer")
-    for i in np.flatnonzero(np.ptp(x, axis=1) == 0)[:1]: raise InputError(f"query number {i} is the same for every gene", "a signature", "drop it")
+    if not 1 <= n <= x.shape[1] // 4:
+        raise InputError(f"{n} genes on each side of {x.shape[1]}", f"1 to {x.shape[1] // 4}, a quarter of the genes", "choose fewer")
+    for i in np.flatnonzero(np.ptp(x, axis=1) == 0)[:1]:
+        raise InputError(f"query number {i} is the same for every gene", "a signature", "drop it")
     up, down = (np.argsort(v, axis=1, kind="stable")[:, :n].astype(np.int32) for v in (-x, x))
     names = [str(v) for v in (range(len(x)) if names is None else names)]
     table = pd.DataFrame({c: n for c in ("up_asked", "up_found", "down_asked", "down_found")}, index=pd.Index(names, name="query"))
@@ -143,8 +150,11 @@ def _es(w: _Walk, sets: np.ndarray, size: np.ndarray, n_genes: int) -> np.ndarra
 def _scan(library: np.ndarray, sets: np.ndarray, n_genes: int, score: Callable) -> np.ndarray:
     "A score of every set in every signature, block by block; NaN for an empty set and for a constant signature."
     x, size = _finite(library, "library"), (sets < n_genes).sum(1)
-    if x.shape[1] != n_genes: raise InputError(f"a library of {x.shape[1]} genes and queries for {n_genes}", "the same genes", "make the queries from the library's genes")
-    if (size >= n_genes).any(): raise InputError("a query that holds every gene of the library", "genes outside the set", "choose fewer genes")
+    if x.shape[1] != n_genes:
+        raise InputError(f"a library of {x.shape[1]} genes and queries for {n_genes}", "the same genes",
+                         "make the queries from the library's genes")
+    if (size >= n_genes).any():
+        raise InputError("a query that holds every gene of the library", "genes outside the set", "choose fewer genes")
     out = np.full((len(sets), len(x)), np.nan)
     rows = max(1, _BLOCK // max(1, sets.shape[1]))
     for j in np.flatnonzero(np.ptp(x, axis=1) > 0) if sets.shape[1] else ():
@@ -160,7 +170,8 @@ def enrichment(
 ) -> np.ndarray:  # sets by signatures, -1 to 1; NaN for an empty set, a constant signature, or a set of zeros
     "Weighted enrichment score (p = 1) of each set in each signature."
     sets, n = np.asarray(sets, np.int64), np.shape(library)[-1]
-    if sets.ndim != 2 or (sets.size and not 0 <= sets.min() <= sets.max() <= n): raise InputError(f"sets of shape {sets.shape} for {n} genes", f"column numbers from 0, and {n} where a place is unused", "see `gene_sets`")
+    if sets.ndim != 2 or (sets.size and not 0 <= sets.min() <= sets.max() <= n):
+        raise InputError(f"sets of shape {sets.shape} for {n} genes", f"column numbers from 0, and {n} where unused", "see `gene_sets`")
     return _scan(library, sets, n, _es)
 
 # %% ../../nbs/models/06_connectivity.ipynb #d5c3bb37
@@ -224,7 +235,8 @@ def xsum(
 ) -> np.ndarray:  # queries by signatures, in the unit of the library; positive is mimic
     "Sum of the library's extreme values over the up genes minus that over the down genes."
     x = _finite(library, "library")
-    if x.shape[1] != queries.n_genes: raise InputError(f"a library of {x.shape[1]} genes and queries for {queries.n_genes}", "the same genes", "make the queries from it")
+    if x.shape[1] != queries.n_genes:
+        raise InputError(f"a library of {x.shape[1]} genes and queries for {queries.n_genes}", "the same genes", "make the queries from it")
     return _indicator(queries) @ _extremes(x, n_extreme).T
 
 # %% ../../nbs/models/06_connectivity.ipynb #ff396f06
@@ -248,15 +260,18 @@ def correlation(
     "Cosine or correlation of each query with each library signature."
     if kind not in CORRELATIONS: raise InputError(f"kind={kind!r}", ", ".join(CORRELATIONS), nearest(kind, CORRELATIONS))
     x, q = _finite(library, "library"), _finite(queries, "query")
-    if x.shape[1] != q.shape[1]: raise InputError(f"a library of {x.shape[1]} genes and queries of {q.shape[1]}", "the same genes", "see `common_genes`")
+    if x.shape[1] != q.shape[1]:
+        raise InputError(f"a library of {x.shape[1]} genes and queries of {q.shape[1]}", "the same genes", "see `common_genes`")
     return np.clip(_unit(q, kind) @ _unit(x, kind).T, -1, 1)
 
 # %% ../../nbs/models/06_connectivity.ipynb #3c2af345
 def _groups(groups: pd.DataFrame, n: int) -> "tuple[np.ndarray, pd.DataFrame]":
     "Group number of each library signature, and the groups."
-    if len(groups) != n: raise InputError(f"{len(groups)} rows of groups for {n} signatures", "one row for each signature", "use the library's obs")
+    if len(groups) != n:
+        raise InputError(f"{len(groups)} rows of groups for {n} signatures", "one row for each signature", "use the library's obs")
     for c in groups:
-        for i in np.flatnonzero(groups[c].isna())[:1]: raise InputError(f"signature number {i} has no {c}", "a value in each row", "fill it in")
+        for i in np.flatnonzero(groups[c].isna())[:1]:
+            raise InputError(f"signature number {i} has no {c}", "a value in each row", "fill it in")
     g = groups.reset_index(drop=True).astype(object).groupby(list(groups), sort=True)
     return g.ngroup().to_numpy(), g.size().rename("n_signatures").reset_index()
 
@@ -278,7 +293,8 @@ def normalise(
         n, total = side.astype(float) @ member, np.where(side, np.abs(s), 0) @ member
         mean = np.divide(total, n, out=np.full(n.shape, np.nan), where=n >= max(min_n, 1))
         out = np.where(side, s / mean[:, codes], out)
-        for k, row in table.iterrows(): rows += [{"query": q, **row, "sign": sign, "n": int(n[q, k]), "mean": mean[q, k]} for q in range(len(s))]
+        for k, row in table.iterrows(): rows += [{"query": q, **row, "sign": sign, "n": int(n[q, k]),
+                                                  "mean": mean[q, k]} for q in range(len(s))]
     means = pd.DataFrame(rows)
     return out, means.assign(reason=np.where(means["n"] < max(min_n, 1), "fewer than " + str(max(min_n, 1)) + " scores of this sign", ""))
 
@@ -291,10 +307,12 @@ def tau(
 ) -> np.ndarray:  # queries by signatures, -100 to 100; NaN where a score or the reference of a signature is missing
     "Signed percentile of each score among the reference queries."
     s, r = np.atleast_2d(np.asarray(ncs, float)), np.atleast_2d(np.abs(np.asarray(reference, float)))
-    if s.shape[1] != r.shape[1]: raise InputError(f"{s.shape[1]} signatures, {r.shape[1]} in the reference", "the same library", "score both against one library")
+    if s.shape[1] != r.shape[1]:
+        raise InputError(f"{s.shape[1]} signatures, {r.shape[1]} in the reference", "the same library", "score both against one library")
     n = np.isfinite(r).sum(0)
     if n.max(initial=0) < MIN_REFERENCE:
-        raise InputError(f"a reference of {n.max(initial=0)} queries", f"at least {MIN_REFERENCE}, so that a percentile means something", "score more reference queries, or report the NCS")
+        raise InputError(f"a reference of {n.max(initial=0)} queries", f"at least {MIN_REFERENCE}, so that a percentile means something",
+                         "score more reference queries, or report the NCS")
     weaker = np.full(s.shape, np.nan)
     for j in np.flatnonzero(n >= MIN_REFERENCE):
         weaker[:, j] = np.searchsorted(np.sort(r[:, j])[:n[j]], np.abs(s[:, j]), "left") / n[j]
@@ -309,7 +327,8 @@ def summarise(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":  # summary and number of scores used, queries by perturbations
     "The further of the upper and lower percentile of each perturbation's scores."
     s, of = np.atleast_2d(np.asarray(scores, float)), pd.Series(labels).astype(str).to_numpy()
-    if len(of) != s.shape[1]: raise InputError(f"{len(of)} labels for {s.shape[1]} signatures", "one for each", "use the library's obs.pert")
+    if len(of) != s.shape[1]:
+        raise InputError(f"{len(of)} labels for {s.shape[1]} signatures", "one for each", "use the library's obs.pert")
     if not 50 <= high <= 100: raise InputError(f"high={high}", "a percentile from 50 to 100", "67 is the published one")
     out, n = {}, {}
     for p in np.unique(of):
@@ -333,7 +352,8 @@ def random_sets(
     draw = rng(seed, "models.connectivity.random_sets")
     both = draw.permuted(np.tile(np.arange(n_genes, dtype=np.int32), (n_random, 1)), axis=1)[:, :n_up + n_down]
     names = [f"random {i}" for i in range(n_random)]
-    table = pd.DataFrame({"up_asked": n_up, "up_found": n_up, "down_asked": n_down, "down_found": n_down}, index=pd.Index(names, name="query"))
+    table = pd.DataFrame({"up_asked": n_up, "up_found": n_up, "down_asked": n_down, "down_found": n_down},
+                         index=pd.Index(names, name="query"))
     return Queries(names, both[:, :n_up], both[:, n_up:], n_genes, table)
 
 def p_values(
@@ -343,7 +363,8 @@ def p_values(
     "Two-sided p-values against random queries."
     from scipy.stats import false_discovery_control
     s, r = np.abs(np.atleast_2d(np.asarray(scores, float))), np.sort(np.abs(np.atleast_2d(np.asarray(null, float))), axis=0)
-    if s.shape[1] != r.shape[1] or len(r) < 1: raise InputError(f"{s.shape[1]} signatures, null of shape {r.shape}", "the same library", "score both against it")
+    if s.shape[1] != r.shape[1] or len(r) < 1:
+        raise InputError(f"{s.shape[1]} signatures, null of shape {r.shape}", "the same library", "score both against it")
     p = np.column_stack([1 + len(r) - np.searchsorted(r[:, j], s[:, j], "left") for j in range(s.shape[1])]) / (1 + len(r))
     p[np.isnan(s) | np.isnan(r).any(0)] = np.nan
     q = np.full(p.shape, np.nan)
@@ -381,7 +402,8 @@ def fit(
     gene_column: "str | None" = None,  # column of var that names the genes, such as symbol; the index if not given
 ) -> Connectivity:
     "Keep a library."
-    if gene_column is not None and gene_column not in library.var: raise InputError(f"no column {gene_column!r} in var", "a column of gene names", nearest(gene_column, library.var))
+    if gene_column is not None and gene_column not in library.var:
+        raise InputError(f"no column {gene_column!r} in var", "a column of gene names", nearest(gene_column, library.var))
     x = library.X.toarray() if hasattr(library.X, "toarray") else library.X
     self.library, self.obs, self.gene_column = _finite(x, "library"), library.obs.copy(), gene_column
     self.genes = _library_genes(library.var_names if gene_column is None else library.var[gene_column])
@@ -393,7 +415,8 @@ SCORES = {"wtcs": wtcs, "lamb": lamb, "xsum": xsum}
 @patch
 def _from_sets(self: Connectivity, queries: Mapping) -> np.ndarray:
     "Scores of queries given as gene sets."
-    if self.method in CORRELATIONS: raise InputError(f"gene sets for {self.method}", "full signatures", f"choose {', '.join(SCORES)}, or give a signature table")
+    if self.method in CORRELATIONS:
+        raise InputError(f"gene sets for {self.method}", "full signatures", f"choose {', '.join(SCORES)}, or give a signature table")
     q = gene_sets(queries, self.genes, min_overlap=self.min_overlap)
     self.overlap = q.overlap
     return SCORES[self.method](self.library, q, **self.options)
@@ -420,6 +443,7 @@ def predict(
     scores = self._from_sets(queries) if isinstance(queries, Mapping) else self._from_table(queries)
     if self.normalised:
         for c in self.groups:
-            if c not in self.obs: raise InputError(f"no column {c!r} in the library's obs", "columns that make the groups", nearest(c, self.obs))
+            if c not in self.obs:
+                raise InputError(f"no column {c!r} in the library's obs", "columns that make the groups", nearest(c, self.obs))
         scores, self.means = normalise(scores, self.obs[self.groups])
     return pd.DataFrame(scores, self.overlap.index, self.obs.index)
