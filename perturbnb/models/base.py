@@ -37,9 +37,9 @@ def example_table(
                       "time_h": 24.0, "batch": "b1", "n_cells": 100})
     for name, values in obs.items(): o[name] = values
     o.index = [f"row{i}" for i in range(len(o))]
-    if not o.duplicated(["pert", "cell_line", "dose_um", "time_h", "batch"]).any(): o.index = o.pert + "|" + o.cell_line + "|" + o.dose_um.astype(str)
-    if o.index.has_duplicates: o.index = [f"row{i}" for i in range(len(o))]
-    if "replicate" not in o and o.duplicated(["pert", "cell_line", "dose_um", "time_h", "batch"]).any(): o["replicate"] = [f"r{i}" for i in range(len(o))]
+    twice = o.duplicated(["pert", "cell_line", "dose_um", "time_h", "batch"]).any()
+    if not twice: o.index = o.pert + "|" + o.cell_line + "|" + o.dose_um.astype(str)
+    if twice and "replicate" not in o: o["replicate"] = [f"r{i}" for i in range(len(o))]
     return signatures(x, o, pd.DataFrame({"symbol": genes}, genes), scale=scale, reference="dmso_same_line", source="example", hash="0" * 64)
 
 # %% ../../nbs/models/00_base.ipynb #42d3377b
@@ -48,7 +48,8 @@ def _dense(x) -> np.ndarray: return np.asarray(x.toarray() if sparse.issparse(x)
 def _finite(x: np.ndarray, rows, genes, what: str) -> np.ndarray:
     bad = np.argwhere(~np.isfinite(x))
     for i, j in bad[:1]:
-        raise InputError(f"{what}: X is {x[i, j]} in row {rows[i]!r}, gene {genes[j]!r} ({len(bad)} such values)", "a finite number everywhere",
+        raise InputError(f"{what}: X is {x[i, j]} in row {rows[i]!r}, gene {genes[j]!r} ({len(bad)} such values)",
+                         "a finite number everywhere",
                          "drop these rows or genes")
     return x
 
@@ -58,15 +59,18 @@ def training_table(
     name: str = "train",  # what to call it in a message
 ) -> ad.AnnData:  # rows in the order of their names, X dense float64
     "A table fit to be learnt from."
-    if not isinstance(adata, ad.AnnData): raise InputError(f"{name} is a {type(adata).__name__}", "a signature table (AnnData)", "build it with data.schema")
+    if not isinstance(adata, ad.AnnData):
+        raise InputError(f"{name} is a {type(adata).__name__}", "a signature table (AnnData)", "build it with data.schema")
     if missing := [c for c in ("pert", "pert_type", "cell_line") if c not in adata.obs]:
         raise InputError(f"{name} has no column {missing[0]!r} in obs", "a signature table", "build it with data.schema")
-    if not dict(adata.uns.get("perturbnb", {})).get("scale"): raise InputError(f"{name} has no scale", "uns['perturbnb']['scale']", "build it with data.schema")
+    if not dict(adata.uns.get("perturbnb", {})).get("scale"):
+        raise InputError(f"{name} has no scale", "uns['perturbnb']['scale']", "build it with data.schema")
     twice = [*adata.obs_names[adata.obs_names.duplicated()], *adata.var_names[adata.var_names.duplicated()]]
     if twice: raise InputError(f"{name}: the name {twice[0]!r} stands twice", "each row name and gene id once", "make the names unique")
     rows = np.argsort(adata.obs_names.to_numpy(str), kind="stable")
     if not controls: rows = rows[(adata.obs.pert_type.astype(str) != "control").to_numpy()[rows]]
-    if not len(rows) or not adata.n_vars: raise InputError(f"{name} has {len(rows)} rows to learn from and {adata.n_vars} genes", "at least one of each", "look at the split")
+    if not len(rows) or not adata.n_vars:
+        raise InputError(f"{name} has {len(rows)} rows to learn from and {adata.n_vars} genes", "at least one of each", "look at the split")
     obs = adata.obs.iloc[rows].copy()
     x = _finite(_dense(adata.X[rows]), obs.index, adata.var_names, name)
     return ad.AnnData(x, obs, adata.var.copy(), uns={"perturbnb": dict(adata.uns["perturbnb"])})
@@ -78,12 +82,17 @@ def conditions(
     gaps: "Sequence[str]" = (),  # columns that must be there and may hold gaps
 ) -> pd.DataFrame:  # the same rows
     "Conditions that can be predicted."
-    if isinstance(table, ad.AnnData): raise InputError("an AnnData", "a DataFrame of conditions", "pass .obs: a condition model must not see the effects it predicts")
-    if not isinstance(table, pd.DataFrame): raise InputError(f"a {type(table).__name__}", "a DataFrame of conditions", "pass a table with the columns of obs")
+    if isinstance(table, ad.AnnData):
+        raise InputError("an AnnData", "a DataFrame of conditions", "pass .obs: a condition model must not see the effects it predicts")
+    if not isinstance(table, pd.DataFrame):
+        raise InputError(f"a {type(table).__name__}", "a DataFrame of conditions", "pass a table with the columns of obs")
     for c in (*needs, *gaps):
-        if c not in table: raise InputError(f"no column {c!r} among the conditions", f"the columns {', '.join((*needs, *gaps))}", nearest(c, table.columns))
+        if c not in table:
+            raise InputError(f"no column {c!r} among the conditions", f"the columns {', '.join((*needs, *gaps))}",
+                             nearest(c, table.columns))
     for c in needs:
-        for row in table.index[table[c].isna()][:1]: raise InputError(f"row {row!r} has no {c}", "a value in each row", "fill it in or drop the row")
+        for row in table.index[table[c].isna()][:1]:
+            raise InputError(f"row {row!r} has no {c}", "a value in each row", "fill it in or drop the row")
     if "pert_type" in table:
         for row in table.index[table.pert_type.astype(str) == "control"][:1]:
             raise InputError(f"row {row!r} is a control", "perturbations", "drop the controls: their effect is zero by definition")
@@ -135,7 +144,8 @@ class Model:
 def _aligned(adata: ad.AnnData, genes: "Sequence[str]", name: str) -> ad.AnnData:
     "The same table with these genes in this order."
     if missing := [g for g in genes if g not in adata.var_names]:
-        raise InputError(f"{name} lacks {len(missing)} of {len(genes)} genes, such as {missing[0]!r}", "every gene of the model", "measure or select the same genes")
+        raise InputError(f"{name} lacks {len(missing)} of {len(genes)} genes, such as {missing[0]!r}", "every gene of the model",
+                         "measure or select the same genes")
     return adata if list(adata.var_names) == list(genes) else adata[:, list(genes)]
 
 def _fit_model(self, train, val=None):
@@ -143,8 +153,9 @@ def _fit_model(self, train, val=None):
     meta = dict(t.uns["perturbnb"])
     if val is not None:
         val = training_table(_aligned(val, t.var_names, "val"), controls=self.input == "profile", name="val")
-        if val.uns["perturbnb"]["scale"] != meta["scale"]: raise InputError(f"val in {val.uns['perturbnb']['scale']}", f"{meta['scale']} as in train", "use one unit")
-    self.arrays, self.names, self.notes = {}, {}, None
+        if val.uns["perturbnb"]["scale"] != meta["scale"]:
+            raise InputError(f"val in {val.uns['perturbnb']['scale']}", f"{meta['scale']} as in train", "use one unit")
+    self.arrays, self.names, self.notes, self.var = {}, {}, None, None  # until the fit has ended well
     self.scale, self.reference, self.n_train, self.split = meta["scale"], meta.get("reference", "none"), t.n_obs, None
     self._fit(t, val)
     self.var = t.var
@@ -169,7 +180,8 @@ def profiles(
     model: Model,  # a fitted profile model
 ) -> np.ndarray:  # profiles by the genes of the model, float64
     "Profiles in the gene order and unit of a model."
-    if not isinstance(table, ad.AnnData): raise InputError(f"a {type(table).__name__}", "an AnnData of profiles", "pass profiles by genes with var_names")
+    if not isinstance(table, ad.AnnData):
+        raise InputError(f"a {type(table).__name__}", "an AnnData of profiles", "pass profiles by genes with var_names")
     scale = dict(table.uns.get("perturbnb", {})).get("scale")
     if scale not in (None, model.scale): raise InputError(f"profiles in {scale}", f"{model.scale} as in training", "use one unit")
     t = _aligned(table, model.genes, "the table of profiles")
@@ -197,6 +209,7 @@ def fallbacks(self: Model) -> pd.Series:  # note -> rows, most frequent first; e
 # %% ../../nbs/models/00_base.ipynb #bfaa4529
 FORMAT = 1  # of the folder; raised when an older reader would misunderstand it
 _HASH = "config_hash"
+_KEYS = {"model", "module", "n_genes", "options", "names", "scale", "reference", "n_train", "split", "files", _HASH}
 
 def _plain(value):
     "An option as JSON can hold it: a table becomes a name with its hash."
@@ -248,15 +261,20 @@ def _read_config(dir: Path) -> dict:
     path = dir / "config.json"
     if not path.is_file(): raise MissingFile(f"no {path}", "the folder of a saved model", "check the path")
     try: config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise InputError(f"{path} is no JSON ({str(e)[:60]})", "the settings of a saved model", "save the model again") from e
+    except ValueError as e:
+        raise InputError(f"{path} is no JSON ({str(e)[:60]})", "the settings of a saved model", "save the model again") from e
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         came = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: format {came!r}", f"format {FORMAT}", "save the model again with this version of perturbnb, or use the version that wrote it")
+        raise InputError(f"{path}: format {came!r}", f"format {FORMAT}",
+                         "save the model again with this version of perturbnb, or use the version that wrote it")
+    if lost := sorted(_KEYS - set(config)): raise InputError(f"{path} without {lost[0]!r}", "the settings of a saved model", "save the model again")
     if config.get(_HASH) != _seal(config): raise ChangedFile(f"{path} was edited", "the settings that were saved", "save the model again")
     for name in sorted({"weights.safetensors", "genes.parquet", *config["files"]}):
-        if not (dir / name).is_file(): raise MissingFile(f"no {dir / name}", "every file of the model", "copy the whole folder, or save the model again")
+        if not (dir / name).is_file():
+            raise MissingFile(f"no {dir / name}", "every file of the model", "copy the whole folder, or save the model again")
         if (have := file_hash(dir / name)) != config["files"].get(name):
-            raise ChangedFile(f"{dir / name} has SHA-256 {have[:12]}…", f"{str(config['files'].get(name))[:12]}… as written", "save the model again")
+            raise ChangedFile(f"{dir / name} has SHA-256 {have[:12]}…", f"{str(config['files'].get(name))[:12]}… as written",
+                              "save the model again")
     return config
 
 # %% ../../nbs/models/00_base.ipynb #172a1412
@@ -265,16 +283,20 @@ def _class_of(config: dict) -> type:
     name, module = config["model"], str(config["module"])
     if name not in MODELS and re.fullmatch(r"perturbnb\.models\.\w+", module):
         try: importlib.import_module(module)
-        except ModuleNotFoundError: raise InputError(f"model {name!r} of {module}", "a model of this version of perturbnb", "use the version that wrote it") from None
+        except ModuleNotFoundError:
+            raise InputError(f"model {name!r} of {module}", "a model of this version of perturbnb",
+                             "use the version that wrote it") from None
     if name not in MODELS: raise InputError(f"model {name!r}", "the name of a known model", nearest(name, MODELS))
     return MODELS[name]
 
 def _rebuilt(found: type, dir: Path, config: dict) -> Model:
     from safetensors.numpy import load_file
     try: model = found(**config["options"])
-    except TypeError as e: raise InputError(f"{dir}: options {config['options']}", f"those of {found.__name__}", "use the version that wrote it") from e
+    except TypeError as e:
+        raise InputError(f"{dir}: options {config['options']}", f"those of {found.__name__}", "use the version that wrote it") from e
     model.var = pd.read_parquet(dir / "genes.parquet")
-    if len(model.var) != config["n_genes"]: raise InputError(f"{len(model.var)} genes in {dir}", f"{config['n_genes']} as in config.json", "save the model again")
+    if len(model.var) != config["n_genes"]:
+        raise InputError(f"{len(model.var)} genes in {dir}", f"{config['n_genes']} as in config.json", "save the model again")
     model.arrays, model.names = load_file(dir / "weights.safetensors"), config["names"]
     for k in ("scale", "reference", "n_train", "split"): setattr(model, k, config[k])
     return model
@@ -318,4 +340,5 @@ def check_model(
     m = load_model(dir)
     made = f", split {m.split.get('name') or 'recorded'}" if m.split is not None else ", no split recorded"
     n_weights = sum(a.size for a in m.arrays.values())
-    return f"sound model: {m.name} ({m.input} model), {len(m.var):,} genes, {m.scale}, {m.n_train:,} training rows, {n_weights:,} weights{made}"
+    size = f"{len(m.var):,} genes, {m.scale}, {m.n_train:,} training rows, {n_weights:,} weights"
+    return f"sound model: {m.name} ({m.input} model), {size}{made}"

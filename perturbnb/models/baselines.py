@@ -19,10 +19,12 @@ from .profiles import KnnPca, LogisticPca, TargetZ
 from .structure import NearestCompound, RidgeMorgan, ZerosDrug
 
 # %% ../../nbs/models/05_baselines.ipynb #4222232a
-BASELINES = {c.name: c for c in (NoChange, RandomEffect, MeanEffect, LineMean, DrugMean, GroupMean, Additive, AdditiveGenes, MatchingMean, LatentAdditive,
-                                 Bilinear, NearestCompound, RidgeMorgan, ZerosDrug, KnnPca, LogisticPca, TargetZ)}  # name -> class
+BASELINES = {c.name: c for c in (NoChange, RandomEffect, MeanEffect, LineMean, DrugMean, GroupMean, Additive, AdditiveGenes,
+                                 MatchingMean, LatentAdditive, Bilinear, NearestCompound, RidgeMorgan, ZerosDrug, KnnPca,
+                                 LogisticPca, TargetZ)}  # name -> class
 
-def _options(cls: type) -> dict: return {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+def _options(cls: type) -> dict:
+    return {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 def baseline(
     name: str,  # a key of BASELINES
@@ -31,7 +33,8 @@ def baseline(
     "A baseline by name."
     if name not in BASELINES: raise InputError(f"baseline {name!r}", "the name of a baseline", nearest(name, BASELINES))
     known = _options(BASELINES[name])
-    if odd := [o for o in options if o not in known]: raise InputError(f"option {odd[0]!r} of {name}", f"one of: {', '.join(known) or 'it has none'}", nearest(odd[0], known))
+    if odd := [o for o in options if o not in known]:
+        raise InputError(f"option {odd[0]!r} of {name}", f"one of: {', '.join(known) or 'it has none'}", nearest(odd[0], known))
     return BASELINES[name](**options)
 
 def baseline_table() -> pd.DataFrame:  # indexed by name: input, what it predicts, the columns it needs, its options with defaults

@@ -48,11 +48,13 @@ def _says(option, word: str) -> bool: return isinstance(option, str) and option 
 
 def _own_table(table, what: str) -> pd.DataFrame:
     if not isinstance(table, pd.DataFrame):
-        raise InputError(f"{what}={table!r}", "pca, random or a DataFrame of vectors", "a loaded model can predict; to fit again, pass the table again"
+        raise InputError(f"{what}={table!r}", "pca, random or a DataFrame of vectors",
+                         "a loaded model can predict; to fit again, pass the table again"
                          if str(table).startswith("table ") else nearest(table, ["pca", "random"]))
     x = table.to_numpy(float)
     if table.index.has_duplicates or not np.isfinite(x).all() or not x.shape[1]:
-        raise InputError(f"a table of vectors {what} of shape {x.shape}", "one row for each name, finite numbers", "drop repeated names and gaps")
+        raise InputError(f"a table of vectors {what} of shape {x.shape}", "one row for each name, finite numbers",
+                         "drop repeated names and gaps")
     return table.set_axis(table.index.astype(str))
 
 # %% ../../nbs/models/02a_bilinear.ipynb #a022cf83
@@ -69,10 +71,12 @@ class Bilinear(Model):
         control: "str | None" = None,  # column of train.var with the control's mean level, for components of levels as published
         seed: int = 0,  # of random vectors
     ):
-        if n_components < 1 or not ridge > 0: raise InputError(f"n_components={n_components}, ridge={ridge}", "1 or more, and above 0", "10 and 0.1 are the defaults")
+        if n_components < 1 or not ridge > 0:
+            raise InputError(f"n_components={n_components}, ridge={ridge}", "1 or more, and above 0", "10 and 0.1 are the defaults")
         for what, v in (("G", G), ("P", P)):
             if not isinstance(v, str): _own_table(v, what)
-            elif v not in ("pca", "random") and not v.startswith("table "): raise InputError(f"{what}={v!r}", "pca, random or a DataFrame", nearest(v, ["pca", "random"]))
+            elif v not in ("pca", "random") and not v.startswith("table "):
+                raise InputError(f"{what}={v!r}", "pca, random or a DataFrame", nearest(v, ["pca", "random"]))
         super().__init__(n_components=int(n_components), ridge=float(ridge), G=G, P=P, control=control, seed=int(seed))
 
 # %% ../../nbs/models/02a_bilinear.ipynb #74403f27
@@ -81,7 +85,8 @@ def _symbols(var: pd.DataFrame) -> np.ndarray: return (var.symbol if "symbol" in
 def _components(o: dict, train: ad.AnnData, mean: np.ndarray) -> np.ndarray:
     "Component scores of the genes, of levels where the control's are known."
     if o["control"] is not None and o["control"] not in train.var:
-        raise InputError(f"no column {o['control']!r} in train.var", "the control's mean level of each gene", nearest(o["control"], train.var.columns))
+        raise InputError(f"no column {o['control']!r} in train.var", "the control's mean level of each gene",
+                         nearest(o["control"], train.var.columns))
     base = np.zeros(train.n_vars) if o["control"] is None else train.var[o["control"]].to_numpy(float)
     return gene_components(np.column_stack([mean.T + base[:, None], base]), o["n_components"])
 
@@ -107,7 +112,8 @@ def _vectors_of(self, perts: "list[tuple]") -> "tuple[np.ndarray, list]":
     "The summed vectors of combinations (rows by e), and in each the names without a vector."
     o, table = self.options, self.arrays["P"]
     if _says(o["P"], "random"):
-        return np.array([_random_vectors(g, o["n_components"], o["seed"], "pert").sum(0) for g in perts]).reshape(-1, table.shape[1]), [[]] * len(perts)
+        drawn = [_random_vectors(g, o["n_components"], o["seed"], "pert").sum(0) for g in perts]
+        return np.array(drawn).reshape(-1, table.shape[1]), [[]] * len(perts)
     place = {n: i for i, n in enumerate(self.names["perts"])}
     missing = [[g for g in genes if g not in place] for genes in perts]
     return np.array([table[[place[g] for g in genes if g in place]].sum(0) for genes in perts]).reshape(-1, table.shape[1]), missing
@@ -121,7 +127,9 @@ def _fit(self: Bilinear, train, val):
     p, missing = _vectors_of(self, perts)
     has = np.array([not m for m in missing])
     self.names.update(genes_without_vector=lost, unmatched=["+".join(k) for k, h in zip(perts, has) if not h])
-    if has.sum() < 2: raise InputError(f"{has.sum()} of {len(has)} training perturbations have a vector", "at least 2", "give a table of vectors as P, or P='random'")
+    if has.sum() < 2:
+        raise InputError(f"{has.sum()} of {len(has)} training perturbations have a vector", "at least 2",
+                         "give a table of vectors as P, or P='random'")
     y = np.column_stack([mean[has].T, np.zeros(train.n_vars)])  # the control is the last column
     b = y.mean(1)
     k = solve_bilinear(y - b[:, None], g, np.vstack([p[has], np.zeros(p.shape[1])]).T, self.options["ridge"])

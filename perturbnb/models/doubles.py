@@ -17,10 +17,14 @@ from .baselines import baseline
 # %% ../../nbs/models/05a_doubles.ipynb #0c5ad092
 def _control_row(bulk: ad.AnnData) -> int:
     "Row number of the one control; an error unless each condition has one row."
-    if not {"pert", "pert_type", "cell_line"} <= set(bulk.obs): raise InputError("a table without pert, pert_type and cell_line", "a pseudobulk", "use data.schema.pseudobulk")
-    if dict(bulk.uns.get("perturbnb", {})).get("scale") != "log1p_cp10k": raise InputError("a table that holds no levels", "mean log1p CP10k", "use data.schema.pseudobulk")
+    if not {"pert", "pert_type", "cell_line"} <= set(bulk.obs):
+        raise InputError("a table without pert, pert_type and cell_line", "a pseudobulk", "use data.schema.pseudobulk")
+    if dict(bulk.uns.get("perturbnb", {})).get("scale") != "log1p_cp10k":
+        raise InputError("a table that holds no levels", "mean log1p CP10k", "use data.schema.pseudobulk")
     twice = bulk.obs.pert[bulk.obs.pert.astype(str).duplicated()].astype(str)
-    for p in twice[:1]: raise InputError(f"{p} stands in {int((bulk.obs.pert == p).sum())} rows", "one row for each condition", "pool lanes and batches first")
+    for p in twice[:1]:
+        raise InputError(f"{p} stands in {int((bulk.obs.pert == p).sum())} rows", "one row for each condition",
+                         "pool lanes and batches first")
     rows = np.flatnonzero(bulk.obs.pert_type.astype(str) == "control")
     if len(rows) != 1: raise InputError(f"{len(rows)} control rows", "one", "keep one kind of control")
     return int(rows[0])
@@ -41,8 +45,9 @@ def pair_effects(
     row, x = _control_row(bulk), np.asarray(bulk.X.toarray() if hasattr(bulk.X, "toarray") else bulk.X, float)
     genes = top_genes(x[row], n_genes)
     treated = np.arange(bulk.n_obs) != row
-    meta = {**bulk.uns["perturbnb"], "scale": "delta_log1p_cp10k", "reference": "control_same_line"}
-    out = signatures((x[treated] - x[row])[:, genes], bulk.obs[treated], bulk.var.iloc[genes], **{k: meta[k] for k in ("scale", "reference", "source", "hash")})
+    meta = {k: bulk.uns["perturbnb"][k] for k in ("source", "hash")}
+    out = signatures((x[treated] - x[row])[:, genes], bulk.obs[treated], bulk.var.iloc[genes], scale="delta_log1p_cp10k",
+                     reference="control_same_line", **meta)
     out.var["control_mean"] = x[row][genes]
     return out
 
@@ -58,7 +63,8 @@ def pair_errors(
     return pd.DataFrame({"l2": np.sqrt(((np.asarray(pred) - real) ** 2).sum(1)), "pearson_delta": (p * r).sum(1) / size})
 
 # %% ../../nbs/models/05a_doubles.ipynb #bf56ca1c
-PAIR_MODELS = {"no_change": {}, "random": {}, "mean": {}, "additive_genes": {}, "matching_mean": {}, "latent_additive": {}, "bilinear": {"control": "control_mean"}}  # name -> options
+PAIR_MODELS = {"no_change": {}, "random": {}, "mean": {}, "additive_genes": {}, "matching_mean": {}, "latent_additive": {},
+               "bilinear": {"control": "control_mean"}}  # name -> options
 
 def _rows(effects: ad.AnnData, names: "Sequence[str]", what: str) -> np.ndarray:
     "Row numbers of conditions given by name."
@@ -73,7 +79,8 @@ def _one_model(name: str, options: dict, train: ad.AnnData, test: ad.AnnData) ->
     try: model = baseline(name, **options).fit(train)
     except InputError as e: pred, note = np.full(test.shape, np.nan), f"not fitted: {e.came}; expected {e.expected}"
     else: pred, note = model.predict(test.obs), model.notes.to_numpy()
-    return pair_errors(pred, test.X).assign(pert=test.obs.pert.astype(str).to_numpy(), model=name, note=note)[["pert", "model", "l2", "pearson_delta", "note"]]
+    found = pair_errors(pred, test.X).assign(pert=test.obs.pert.astype(str).to_numpy(), model=name, note=note)
+    return found[["pert", "model", "l2", "pearson_delta", "note"]]
 
 def double_table(
     bulk: ad.AnnData,  # mean log1p CP10k, conditions by genes, one row each, one of them the control
@@ -86,8 +93,10 @@ def double_table(
     "L2 and Pearson delta of each baseline on each held-out condition."
     effects = pair_effects(bulk, n_genes)
     a, b = _rows(effects, train, "training"), _rows(effects, test, "test")
-    if len(both := np.intersect1d(a, b)): raise InputError(f"{effects.obs.pert.iloc[both[0]]} is in train and in test", "no condition in both", "look at the split")
-    if not len(a) or not len(b): raise InputError(f"{len(a)} training and {len(b)} test conditions", "at least one of each", "look at the split")
+    if len(both := np.intersect1d(a, b)):
+        raise InputError(f"{effects.obs.pert.iloc[both[0]]} is in train and in test", "no condition in both", "look at the split")
+    if not len(a) or not len(b):
+        raise InputError(f"{len(a)} training and {len(b)} test conditions", "at least one of each", "look at the split")
     tables = [_one_model(name, options, effects[a], effects[b]) for name, options in (PAIR_MODELS if models is None else models).items()]
     return pd.concat(tables, ignore_index=True)
 

@@ -77,7 +77,8 @@ class MatchingMean(Model):
             rest = self.arrays["lines"][lines.index(line)] if line in lines else self.arrays["all"]
             hit = [(g, line) in place for g in genes]
             pred[row] = np.mean([self.arrays["singles"][place[g, line]] if h else rest for g, h in zip(genes, hit)], 0)
-            notes.append("" if all(hit) else f"{sum(hit)} of {len(genes)} genes matched, the mean of {'its line' if line in lines else 'all'} for the rest")
+            other = "its line" if line in lines else "all"
+            notes.append("" if all(hit) else f"{sum(hit)} of {len(genes)} genes matched, the mean of {other} for the rest")
         return pred, notes
 
 # %% ../../nbs/models/02_genes.ipynb #607a2969
@@ -100,7 +101,8 @@ def _tokens(obs: pd.DataFrame, perts: list, lines: list) -> "tuple[sparse.csr_ma
     place, p = {g: i for i, g in enumerate(perts)}, parts(obs)
     rows = [(i, place[g], 1.0) for i, genes in enumerate(p) for g in genes if g in place]
     for i, line in enumerate(obs.cell_line.astype(str) if lines else []):
-        rows += [(i, len(perts) + lines.index(line), 1.0)] if line in lines else [(i, len(perts) + j, 1 / len(lines)) for j in range(len(lines))]
+        at = [lines.index(line)] if line in lines else range(len(lines))  # an unseen line is the mean of all
+        rows += [(i, len(perts) + j, 1 / len(at)) for j in at]
     r, c, v = zip(*rows) if rows else ((), (), ())
     return sparse.csr_matrix((v, (r, c)), shape=(len(obs), len(perts) + len(lines))), [[g for g in genes if g not in place] for genes in p]
 

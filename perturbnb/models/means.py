@@ -65,7 +65,8 @@ class GroupMean(Model):
         *,
         by: "Sequence[str]" = ("pert", "cell_line"),  # columns of obs, the most important first
     ):
-        if isinstance(by, str) or not len(by): raise InputError(f"by={by!r}", "a list of columns of obs", "for example by=['pert', 'dose_um']")
+        if isinstance(by, str) or not len(by):
+            raise InputError(f"by={by!r}", "a list of columns of obs", "for example by=['pert', 'dose_um']")
         super().__init__(by=list(by))
         self.needs, self.gaps = tuple(c for c in by if c != "dose_um"), tuple(c for c in by if c == "dose_um")
 
@@ -136,7 +137,8 @@ class Additive(Model):
         *,
         factors: "Sequence[str]" = ("pert", "cell_line"),  # columns of obs whose effects add up
     ):
-        if isinstance(factors, str) or not len(factors): raise InputError(f"factors={factors!r}", "a list of columns of obs", "for example ['pert', 'cell_line']")
+        if isinstance(factors, str) or not len(factors):
+            raise InputError(f"factors={factors!r}", "a list of columns of obs", "for example ['pert', 'cell_line']")
         super().__init__(factors=list(factors))
         self.needs, self.gaps = tuple(c for c in factors if c != "dose_um"), tuple(c for c in factors if c == "dose_um")
 

@@ -26,12 +26,14 @@ class _PcaModel(Model):
     def _labelled(self, train: ad.AnnData) -> "tuple[np.ndarray, np.ndarray]":
         "Profiles that have a label, and its number among the classes."
         label = self.options["label"]
-        if label not in train.obs: raise InputError(f"no column {label!r} in train.obs", "the column to predict", nearest(label, train.obs.columns))
+        if label not in train.obs:
+            raise InputError(f"no column {label!r} in train.obs", "the column to predict", nearest(label, train.obs.columns))
         has = train.obs[label].notna().to_numpy()
         text = train.obs[label][has].astype(str).to_numpy()
-        self.names["classes"], code = [v.tolist() if i == 0 else v for i, v in enumerate(np.unique(text, return_inverse=True))] if len(text) else ([], None)
-        self.names["left_out"] = int((~has).sum())
-        if len(self.classes_) < 2: raise InputError(f"{len(self.classes_)} different values of {label}", "at least 2 to tell apart", "look at the training rows")
+        classes, code = np.unique(text.astype(str), return_inverse=True)
+        self.names.update(classes=classes.tolist(), left_out=int((~has).sum()))
+        if len(self.classes_) < 2:
+            raise InputError(f"{len(self.classes_)} different values of {label}", "at least 2 to tell apart", "look at the training rows")
         return train.X[has], code
 
     def _fit_scores(self, x: np.ndarray) -> np.ndarray:
@@ -62,7 +64,8 @@ class KnnPca(_PcaModel):
         metric: str = "euclidean",  # or cosine
     ):
         if k < 1 or n_components < 1: raise InputError(f"k={k}, n_components={n_components}", "1 or more", "5 and 50 are the defaults")
-        if metric not in ("euclidean", "cosine"): raise InputError(f"metric={metric!r}", "euclidean or cosine", nearest(metric, ["euclidean", "cosine"]))
+        if metric not in ("euclidean", "cosine"):
+            raise InputError(f"metric={metric!r}", "euclidean or cosine", nearest(metric, ["euclidean", "cosine"]))
         super().__init__(label=label, k=int(k), n_components=int(n_components), metric=metric)
 
     def _unit(self, z: np.ndarray) -> np.ndarray:
@@ -94,7 +97,8 @@ class LogisticPca(_PcaModel):
         n_components: int = 50,  # principal components; fewer if the table has fewer
         max_iter: int = 1000,  # steps of the solver
     ):
-        if not C > 0 or n_components < 1: raise InputError(f"C={C}, n_components={n_components}", "above 0, and 1 or more", "1.0 and 50 are the defaults")
+        if not C > 0 or n_components < 1:
+            raise InputError(f"C={C}, n_components={n_components}", "above 0, and 1 or more", "1.0 and 50 are the defaults")
         super().__init__(label=label, C=float(C), n_components=int(n_components), max_iter=int(max_iter))
 
     def _fit(self, train, val):
@@ -121,13 +125,15 @@ def _sign_of(train: ad.AnnData, sign: "str | int") -> int:
     types = sorted(set(train.obs.pert_type.astype(str)) - {"control"})
     signs = {_SIGN.get(t) for t in types}
     if len(signs) == 1 and None not in signs: return signs.pop()
-    raise InputError(f"pert_type {', '.join(types)}", "perturbations of genes that all raise or all lower them", "fit each kind alone, or say sign=1 or sign=-1")
+    raise InputError(f"pert_type {', '.join(types)}", "perturbations of genes that all raise or all lower them",
+                     "fit each kind alone, or say sign=1 or sign=-1")
 
 def _centre_spread(train: ad.AnnData, against: str) -> "tuple[np.ndarray, np.ndarray]":
     "Centre and spread of each gene."
     control = (train.obs.pert_type.astype(str) == "control").to_numpy()
     if against == "control":
-        if control.sum() < 10: raise InputError(f"{control.sum()} control rows", "at least 10", "keep the controls in train, or say against='train'")
+        if control.sum() < 10:
+            raise InputError(f"{control.sum()} control rows", "at least 10", "keep the controls in train, or say against='train'")
         return train.X[control].mean(0), train.X[control].std(0, ddof=1)
     x = train.X[~control]
     mad = 1.4826 * np.median(np.abs(x - np.median(x, 0)), 0)
@@ -146,7 +152,8 @@ class TargetZ(Model):
         against: str = "train",  # centre and spread from all training rows, or from the control rows
     ):
         if combine not in _COMBINE: raise InputError(f"combine={combine!r}", "sum, mean, stouffer or min", nearest(combine, _COMBINE))
-        if against not in ("train", "control"): raise InputError(f"against={against!r}", "train or control", nearest(against, ["train", "control"]))
+        if against not in ("train", "control"):
+            raise InputError(f"against={against!r}", "train or control", nearest(against, ["train", "control"]))
         if sign not in ("auto", 1, -1): raise InputError(f"sign={sign!r}", "auto, 1 or -1", "auto follows pert_type")
         super().__init__(candidates=None if candidates is None else [str(c) for c in candidates], sign=sign, combine=combine, against=against)
 
@@ -160,7 +167,9 @@ class TargetZ(Model):
         self.names["classes"] = classes = seen if self.options["candidates"] is None else list(self.options["candidates"])
         self.names["sign"] = _sign_of(train, self.options["sign"])
         self.arrays["centre"], self.arrays["spread"] = centre, spread = _centre_spread(train, self.options["against"])
-        place = {g: j for names in (train.var_names, train.var.get("symbol", [])) for j, g in enumerate(names) if spread[j] > 0}
+        place = {}  # a gene id goes before a symbol, the first of equal symbols before the rest
+        for names in (train.var_names, train.var.get("symbol", [])):
+            for j, g in enumerate(names): place.setdefault(str(g), j if spread[j] > 0 else -1)
         self.names["at"] = at = [[place.get(g, -1) for g in c.split("+")] for c in classes]
         self.names["not_scored"] = [c for c, a in zip(classes, at) if min(a) < 0]
 

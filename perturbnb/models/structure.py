@@ -61,13 +61,16 @@ class NearestCompound(Model):
         k: int = 1,  # neighbours; ties with the k-th are taken too
         by: "Sequence[str]" = ("cell_line",),  # columns of obs that a neighbour must share
     ):
-        if k < 1 or isinstance(by, str) or not len(by): raise InputError(f"k={k}, by={by!r}", "1 or more, and a list of columns", "k=1, by=['cell_line']")
+        if k < 1 or isinstance(by, str) or not len(by):
+            raise InputError(f"k={k}, by={by!r}", "1 or more, and a list of columns", "k=1, by=['cell_line']")
         super().__init__(k=int(k), by=list(by))
 
     def _fit(self, train, val):
-        if "smiles" not in train.obs: raise InputError("no column 'smiles' in train.obs", "the structure of each drug", "join it by drug name")
+        if "smiles" not in train.obs:
+            raise InputError("no column 'smiles' in train.obs", "the structure of each drug", "join it by drug name")
         at, self.names["smiles"], self.arrays["bits"] = _structures(train.obs)
-        if not (at >= 0).any(): raise InputError("no readable structure among the training rows", "SMILES in obs.smiles", "look at that column")
+        if not (at >= 0).any():
+            raise InputError("no readable structure among the training rows", "SMILES in obs.smiles", "look at that column")
         where, by = at >= 0, row_keys(train.obs, self.options["by"])
         for level, keys in (("near", [(int(i), *k) for i, k in zip(at, by)]), ("any", [(int(i),) for i in at])):
             groups, self.arrays[level] = group_means(train.X[where], [k for k, w in zip(keys, where) if w])
@@ -91,9 +94,11 @@ def _predict_nearest(self, obs):
     similarity, by = tanimoto(bits, self.arrays["bits"]), row_keys(obs, self.options["by"])
     near, anywhere, mean = _pools(self.names["near"]), _pools(self.names["any"])[()], {tuple(k): i for i, k in enumerate(self.names["by"])}
     def one(i, key):
-        if i < 0: return (self.arrays["by"][mean[key]], "no structure: mean of its line") if key in mean else (self.arrays["all"], "no structure, unseen line: mean of all")
+        if i < 0 and key in mean: return self.arrays["by"][mean[key]], "no structure: mean of its line"
+        if i < 0: return self.arrays["all"], "no structure, unseen line: mean of all"
         (which, rows), x = (near[key], self.arrays["near"]) if key in near else (anywhere, self.arrays["any"])
-        return x[rows[_neighbours(similarity[i, which], self.options["k"])]].mean(0), "" if key in near else "unseen line: neighbours over all lines"
+        chosen = x[rows[_neighbours(similarity[i, which], self.options["k"])]]
+        return chosen.mean(0), "" if key in near else "unseen line: neighbours over all lines"
     known = {pair: one(*pair) for pair in set(zip(at.tolist(), by))}
     found = [known[pair] for pair in zip(at.tolist(), by)]
     return np.array([f[0] for f in found]).reshape(len(obs), len(self.arrays["all"])), [f[1] for f in found]
@@ -134,7 +139,8 @@ class RidgeMorgan(Model):
         "Drug features, rows by columns, and whether the row has any."
         texts = sorted({s for s in obs.smiles if isinstance(s, str)})
         bits, has = fingerprints(texts, radius=self.options["radius"], n_bits=self.options["n_bits"])
-        at = np.array([texts.index(s) if isinstance(s, str) else -1 for s in obs.smiles], int)
+        place = {s: i for i, s in enumerate(texts)}
+        at = np.array([place[s] if isinstance(s, str) else -1 for s in obs.smiles], int)
         if not texts: return np.zeros((len(obs), self.options["n_bits"])), np.zeros(len(obs), bool)
         return np.where((at >= 0)[:, None], bits[at], 0).astype(float), (at >= 0) & has[at]
 
