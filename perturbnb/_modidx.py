@@ -81,6 +81,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'perturbnb.data.audit._known_partners': ( 'data/audit.html#_known_partners',
                                                                                 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._label': ('data/audit.html#_label', 'perturbnb/data/audit.py'),
+                                      'perturbnb.data.audit._labels': ('data/audit.html#_labels', 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._labels_changed': ( 'data/audit.html#_labels_changed',
                                                                                 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._leak': ('data/audit.html#_leak', 'perturbnb/data/audit.py'),

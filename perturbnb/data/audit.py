@@ -54,9 +54,11 @@ def _long(values: pd.Series, spell: Callable = plain) -> pd.DataFrame:
 
 def _label(pert) -> str: return "+".join(sorted({plain(g) for g in str(pert).split("+")} - {""}))
 
+def _labels(obs: pd.DataFrame) -> pd.Series: return obs["pert"].astype(object).map({p: _label(p) for p in obs["pert"].unique()})
+
 def _by_structure(obs: pd.DataFrame, by: str) -> pd.Series:
-    "Structure or scaffold group of each row that is no genetic perturbation."
-    drugs = obs[~obs["pert_type"].astype(object).isin(_GENETIC)]
+    "Structure or scaffold group of each row that is a drug: no genetic perturbation and no control."
+    drugs = obs[~obs["pert_type"].astype(object).isin([*_GENETIC, "control"])]
     if drugs.empty: return pd.Series([], drugs.index[:0], dtype=object)
     groups = structure_groups(drugs.drop_duplicates([c for c in ("pert", "smiles") if c in drugs]), name="pert", by=by)
     return drugs["pert"].map(str).map(groups["group"])
@@ -64,19 +66,21 @@ def _by_structure(obs: pd.DataFrame, by: str) -> pd.Series:
 # %% ../../nbs/data/08a_audit.ipynb #abdc1795
 def _joined(*columns: pd.Series) -> pd.Series:
     "Several columns as one text."
-    return functools.reduce(lambda a, b: a.str.cat(b, sep=" | "), (c.astype(object).map(plain, na_action="ignore") for c in columns))
+    return functools.reduce(lambda a, b: a.str.cat(b, sep=" | "),
+                            (c.astype(object).map({v: plain(v) for v in c.dropna().unique()}) for c in columns))
 
 def _genes_of(obs: pd.DataFrame) -> pd.DataFrame:
     "The genes of each genetic perturbation."
     return _long(obs[obs["pert_type"].astype(object).isin(_GENETIC)]["pert"].map(str).str.split("+").explode())
 
 FACETS: "dict[str, Callable]" = {  # name -> table (row, value), or None where the columns are missing
-    "perturbation": lambda o: _long(o["pert"].astype(object).map(_label)),
+    "perturbation": lambda o: _long(_labels(o)),
     "structure": lambda o: _long(_by_structure(o, "structure"), str),
     "scaffold": lambda o: _long(_by_structure(o, "scaffold"), str) if "smiles" in o else None,
     "gene": _genes_of,
     "cell line": lambda o: _long(o["cell_line"]) if "cell_line" in o else None,
-    "pair": lambda o: _long(_joined(_by_structure(o, "structure").reindex(o.index).fillna(o["pert"].astype(object).map(_label)), o["cell_line"])) if "cell_line" in o else None,
+    "pair": lambda o: _long(_joined(_by_structure(o, "structure").reindex(o.index).fillna(_labels(o)),
+                                    o["cell_line"])) if "cell_line" in o else None,
     "donor": lambda o: _long(o["donor"]) if "donor" in o else None,
     "replicate": lambda o: _long(o["replicate"]) if "replicate" in o else None,
     "plate": lambda o: _long(o[next(c for c in ("plate", "batch") if c in o)]) if {"plate", "batch"} & set(o) else None,
@@ -97,16 +101,20 @@ PROMISES: "dict[str, tuple]" = {
     "pair": ("pair",), "unseen_drug": ("perturbation", "structure"), "unseen_scaffold": ("perturbation", "structure", "scaffold"),
     "unseen_cell_line": ("cell line",), "unseen_both": ("perturbation", "structure", "cell line"),
     "grouped_well": ("perturbation", "structure", "well"), "replicate_out": ("{by}", "well"), "donor": ("donor",),
-    "unseen_gene": ("perturbation",), "unseen_combo": ("perturbation",), "gears": ("perturbation",), "doubles": ("perturbation",), "random_rows": ()}
-EXTRA = {"pair": "each drug and line of val and test is in train", "unseen_gene": "each condition of val and test has a gene that no earlier part has",
-         "unseen_combo": "single perturbations are all in train; the strata are true", "gears": "the strata are true: no gene of an unseen_single is in train or val",
+    "unseen_gene": ("perturbation",), "unseen_combo": ("perturbation",), "gears": ("perturbation",), "doubles": ("perturbation",),
+    "random_rows": ()}
+EXTRA = {"pair": "each drug and line of val and test is in train",
+         "unseen_gene": "each condition of val and test has a gene that no earlier part has",
+         "unseen_combo": "single perturbations are all in train; the strata are true",
+         "gears": "the strata are true: no gene of an unseen_single is in train or val",
          "doubles": "single perturbations are all in train"}
 _OPTIONAL = {"well"}  # promised where the column is there
 assert set(PROMISES) == set(SPLITS)
 
 def promises() -> pd.DataFrame:
     "A table of what `audit` proves for each rule."
-    return pd.DataFrame([(r, ", ".join(f) or "nothing", EXTRA.get(r, "")) for r, f in PROMISES.items()], columns=["rule", "disjoint", "and"]).set_index("rule")
+    return pd.DataFrame([(r, ", ".join(f) or "nothing", EXTRA.get(r, "")) for r, f in PROMISES.items()],
+                        columns=["rule", "disjoint", "and"]).set_index("rule")
 
 promises()
 
@@ -116,14 +124,18 @@ def _leak(came: str, expected: str, cure: str, rows: "pd.DataFrame | None" = Non
     error.rows = rows
     return error
 
-def _some(names: Sequence, n: int = 3) -> str: return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
+def _some(names: Sequence, n: int = 3) -> str: return ", ".join(map(repr,
+                                                                    names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 def _belongs(split: Split, obs: pd.DataFrame) -> None:
     "Raise unless the table of a split is what was made, for these rows."
     again = "make the split again from these data"
-    if split_hash(split) != split.hash: raise _leak(f"the split {split.name} has changed since it was made", f"the hash {split.hash[:12]}…", again)
-    if (twice := split.table.index[split.table.index.duplicated()]).size: raise _leak(f"the split has {_some(twice)} twice", "each name once", again)
-    if (odd := split.table.index[~split.table["part"].isin(PARTS)]).size: raise _leak(f"{_some(odd)} of the split have an unknown part", ", ".join(PARTS), again)
+    if split_hash(split) != split.hash:
+        raise _leak(f"the split {split.name} has changed since it was made", f"the hash {split.hash[:12]}…", again)
+    if (twice := split.table.index[split.table.index.duplicated()]).size:
+        raise _leak(f"the split has {_some(twice)} twice", "each name once", again)
+    if (odd := split.table.index[~split.table["part"].isin(PARTS)]).size:
+        raise _leak(f"{_some(odd)} of the split have an unknown part", ", ".join(PARTS), again)
     lost, extra = obs.index.difference(split.table.index), split.table.index.difference(obs.index)
     if lost.size: raise _leak(f"{lost.size} rows of the data are not in the split: {_some(lost)}", "a part for each row", again)
     if extra.size: raise _leak(f"{extra.size} rows of the split are not in the data: {_some(extra)}", "the rows it was made from", again)
@@ -136,12 +148,15 @@ def _controls(split: Split, obs: pd.DataFrame, part: pd.Series) -> None:
     control = obs["pert_type"].astype(object).map(plain, na_action="ignore").eq("control")
     cure = "correct pert_type, or make the split again"
     if (bad := obs.index[part.eq("control") & ~control]).size:
-        raise _leak(f"{bad.size} treated rows stand in part control: {_some(bad)}", "controls alone, since every part may use them", cure, obs.loc[bad, ["pert", "pert_type"]])
-    mixed = obs["pert"].astype(object).map(_label)
+        raise _leak(f"{bad.size} treated rows stand in part control: {_some(bad)}", "controls alone, since every part may use them", cure,
+                    obs.loc[bad, ["pert", "pert_type"]])
+    mixed = _labels(obs)
     if (bad := obs.index[control & mixed.isin(set(mixed[~control]))]).size:
-        raise _leak(f"row {bad[0]!r} is typed control, but {obs['pert'][bad[0]]!r} is a treatment elsewhere ({bad.size} such rows)", "one type for one name", cure, obs.loc[bad, ["pert", "pert_type"]])
+        raise _leak(f"row {bad[0]!r} is typed control, but {obs['pert'][bad[0]]!r} is a treatment elsewhere ({bad.size} such rows)",
+                    "one type for one name", cure, obs.loc[bad, ["pert", "pert_type"]])
     if split.params.get("controls") != "split" and (bad := obs.index[control & ~part.isin(["control", "left_out"])]).size:
-        raise _leak(f"{bad.size} controls stand in {', '.join(sorted(part[bad].unique()))}: {_some(bad)}", "controls in part control", cure, obs.loc[bad, ["pert", "pert_type"]])
+        raise _leak(f"{bad.size} controls stand in {', '.join(sorted(part[bad].unique()))}: {_some(bad)}", "controls in part control",
+                    cure, obs.loc[bad, ["pert", "pert_type"]])
 
 # %% ../../nbs/data/08a_audit.ipynb #ba3a6217
 def _overlap(values: pd.DataFrame, part: pd.Series) -> pd.DataFrame:
@@ -154,9 +169,14 @@ def _overlap(values: pd.DataFrame, part: pd.Series) -> pd.DataFrame:
 def _disjoint(split: Split, obs: pd.DataFrame, part: pd.Series, name: str) -> str:
     "The sentence that proves a facet disjoint; LeakError otherwise."
     values, dealt = facet(obs, name), obs.index[part.isin(("train", "val", "test"))]
-    if values is None: raise InputError(f"the split {split.name} promises unseen {name}s, and the data have no column for it", f"the column that tells the {name}", "add it, or use another rule")
-    lost = dealt.difference(pd.Index(values["row"])).difference(obs.index[obs["pert_type"].isin(_GENETIC)] if name in ("structure", "scaffold") else [])
-    if lost.size: raise InputError(f"{lost.size} rows have no {name}: {_some(lost)}", f"a {name} in each row", "fill it in: what is unknown cannot be proved")
+    if values is None:
+        raise InputError(f"the split {split.name} promises unseen {name}s, and the data have no column for it",
+                         f"the column that tells the {name}", "add it, or use another rule")
+    free = obs["pert_type"].isin([*_GENETIC, "control"]) & (name in ("structure", "scaffold"))  # these have no structure
+    lost = dealt.difference(pd.Index(values["row"])).difference(obs.index[free])
+    if lost.size:
+        raise InputError(f"{lost.size} rows have no {name}: {_some(lost)}", f"a {name} in each row",
+                         "fill it in: what is unknown cannot be proved")
     if len(both := _overlap(values, part)):
         raise _broken(split, obs, name, both)
     n = {p: values[values["row"].isin(obs.index[part == p])]["value"].nunique() for p in ("train", "val", "test")}
@@ -170,7 +190,8 @@ def _broken(split: Split, obs: pd.DataFrame, name: str, both: pd.DataFrame) -> L
     more = both["value"].nunique() - 1
     rest = f", and {more} more such {name}s" if more else ""
     rows = both.merge(obs[["pert"]], left_on="row", right_index=True).reset_index(drop=True)
-    return _leak(f"the split {split.name} promises that no {name} stands in two parts, but {name} {value!r} does: {where}{rest} ({both['row'].nunique()} rows)",
+    claim = f"the split {split.name} promises that no {name} stands in two parts, but {name} {value!r} does"
+    return _leak(f"{claim}: {where}{rest} ({both['row'].nunique()} rows)",
                  "each on one side", "make the split with data.split.split, or group these rows before splitting", rows)
 
 # %% ../../nbs/data/08a_audit.ipynb #35c14d67
@@ -180,12 +201,14 @@ def _known_partners(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
         values = facet(obs, name)
         known = set(values[values["row"].isin(obs.index[part == "train"])]["value"])
         bad = values[values["row"].isin(obs.index[part.isin(("val", "test"))]) & ~values["value"].isin(known)]
-        if len(bad): raise _leak(f"{name} {bad['value'].iloc[0]!r} of row {bad['row'].iloc[0]!r} has no row in train", "each drug and line of val and test in train", "hold out fewer pairs", bad)
+        if len(bad):
+            raise _leak(f"{name} {bad['value'].iloc[0]!r} of row {bad['row'].iloc[0]!r} has no row in train",
+                        "each drug and line of val and test in train", "hold out fewer pairs", bad)
     return "each drug and each cell line of val and test has rows in train"
 
 def _conditions(obs: pd.DataFrame, part: pd.Series) -> "dict[str, set]":
     "The gene sets of each part."
-    labels = obs["pert"].astype(object).map(_label)
+    labels = _labels(obs)
     return {p: {frozenset(c.split("+")) for c in labels[part == p].unique()} for p in ("train", "val", "test")}
 
 def _new_gene(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
@@ -194,7 +217,8 @@ def _new_gene(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     for earlier, later in (("train", "val"), ("val", "test")):
         known |= set().union(*sets[earlier])
         for c in sorted(map(sorted, (c for c in sets[later] if c <= known)))[:1]:
-            raise _leak(f"every gene of {'+'.join(c)!r} ({later}) occurs in an earlier part", "a gene that is new in each held-out condition", "hold out genes, not conditions")
+            raise _leak(f"every gene of {'+'.join(c)!r} ({later}) occurs in an earlier part",
+                        "a gene that is new in each held-out condition", "hold out genes, not conditions")
     return f"each held-out condition has a gene that no earlier part has ({len(sets['test'])} conditions in test)"
 
 # %% ../../nbs/data/08a_audit.ipynb #c8da255c
@@ -202,7 +226,8 @@ def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     "Every single perturbation is in train."
     sets = _conditions(obs, part)
     for p in ("val", "test"):
-        for c in sorted("+".join(c) for c in sets[p] if len(c) == 1)[:1]: raise _leak(f"the single {c!r} is in {p}", "all singles in train", "hold out combinations alone")
+        for c in sorted("+".join(c) for c in sets[p] if len(c) == 1)[:1]:
+            raise _leak(f"the single {c!r} is in {p}", "all singles in train", "hold out combinations alone")
     return f"all {sum(len(c) == 1 for c in sets['train'])} single perturbations are in train"
 
 def _true_strata(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
@@ -210,16 +235,20 @@ def _true_strata(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     sets, alone = _conditions(obs, part), split.name == "unseen_combo"
     genes = lambda cs: {g for c in cs if len(c) == 1 or not alone for g in c}
     known = {"val": genes(sets["train"]), "test": genes(sets["train"]) if alone else genes(sets["train"] | sets["val"])}
-    labels, n = obs["pert"].astype(object).map(_label), {}
-    for p, label, said in pd.DataFrame({"p": part, "l": labels, "s": split.table["stratum"].reindex(obs.index)}).drop_duplicates().itertuples(index=False):
+    labels, n = _labels(obs), {}
+    for p, label, said in pd.DataFrame({"p": part, "l": labels,
+                                        "s": split.table["stratum"].reindex(obs.index)}).drop_duplicates().itertuples(index=False):
         if p not in known: continue
         k = sum(g in known[p] for g in label.split("+"))
         true = f"combo_seen{k}" if "+" in label else "seen_single" if k else "unseen_single"
-        if said != true or true == "seen_single": raise _leak(f"{label!r} ({p}) is in stratum {said!r}, and its genes make it {true!r}", "the stratum that its genes say", "make the split again")
+        if said != true or true == "seen_single":
+            raise _leak(f"{label!r} ({p}) is in stratum {said!r}, and its genes make it {true!r}", "the stratum that its genes say",
+                        "make the split again")
         n[true] = n.get(true, 0) + (p == "test")
     return f"the strata are true ({', '.join(f'{k} {v}' for k, v in sorted(n.items()))} conditions in test)"
 
-_CHECKS = {"pair": [_known_partners], "unseen_gene": [_new_gene], "unseen_combo": [_singles_train, _true_strata], "gears": [_true_strata], "doubles": [_singles_train]}
+_CHECKS = {"pair": [_known_partners], "unseen_gene": [_new_gene], "unseen_combo": [_singles_train, _true_strata], "gears": [_true_strata],
+           "doubles": [_singles_train]}
 
 # %% ../../nbs/data/08a_audit.ipynb #576c87fa
 def _shared_on_purpose(obs: pd.DataFrame, part: pd.Series) -> list:
@@ -241,7 +270,9 @@ def _not_promised(obs: pd.DataFrame, part: pd.Series, promised: Sequence[str]) -
         of = {p: values[values["row"].isin(obs.index[part == p])] for p in ("train", "test")}
         both = set(of["train"]["value"]) & set(of["test"]["value"])
         rows = of["test"][of["test"]["value"].isin(both)]["row"].nunique()
-        if both: out.append(f"{len(both)} of {of['test']['value'].nunique()} {name}s of test are in train ({rows} of {(part == 'test').sum()} test rows)")
+        if both:
+            n = of["test"]["value"].nunique()
+            out.append(f"{len(both)} of {n} {name}s of test are in train ({rows} of {(part == 'test').sum()} test rows)")
     return out
 
 # %% ../../nbs/data/08a_audit.ipynb #458560de
@@ -250,16 +281,18 @@ def audit(
     data: "AnnData | pd.DataFrame",  # the data it was made for, or their obs
 ) -> Audit:  # sentences for the report
     "Prove from the data what the rule of a split promises; `LeakError` names the rows otherwise."
-    if split.name not in PROMISES: raise InputError(f"a split named {split.name!r}", "a rule with a known promise", nearest(split.name, PROMISES))
+    if split.name not in PROMISES:
+        raise InputError(f"a split named {split.name!r}", "a rule with a known promise", nearest(split.name, PROMISES))
     obs = obs_of(data)
     for c in ("pert", "pert_type"):
-        if c not in obs or obs[c].isna().any(): raise InputError(f"no column {c!r} in obs, or rows without it", "what was done to each row", "add it")
+        if c not in obs or obs[c].isna().any():
+            raise InputError(f"no column {c!r} in obs, or rows without it", "what was done to each row", "add it")
     _belongs(split, obs)
     part = split.table["part"].reindex(obs.index)
     _controls(split, obs, part)
     promised = [p.format(by=split.params.get("by", "replicate")) for p in PROMISES[split.name]]
     used = [p for p in promised if not (p in _OPTIONAL and facet(obs, p) is None)]
-    if obs["pert_type"].isin(_GENETIC).all(): used = [p for p in used if p != "structure"]
+    if obs["pert_type"].isin([*_GENETIC, "control"]).all(): used = [p for p in used if p != "structure"]
     proved = [_disjoint(split, obs, part, p) for p in used] + [check(split, obs, part) for check in _CHECKS.get(split.name, [])]
     return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]), tuple(_shared_on_purpose(obs, part)),
                  tuple(_not_promised(obs, part, used)), split.notes + tuple(_limits(obs, promised, used)))
@@ -275,14 +308,18 @@ def _limits(obs: pd.DataFrame, promised: list, used: list) -> list:
 # %% ../../nbs/data/08a_audit.ipynb #d2fe9442
 def _inside(x) -> "list | None":
     "(suffix, part) for everything directly inside x; None if x is a leaf."
-    if x is None or isinstance(x, (bool, int, float, complex, str, bytes, np.generic, type, types.ModuleType, types.BuiltinFunctionType)): return None
+    if x is None or isinstance(x, (bool, int, float, complex, str, bytes, np.generic, type, types.ModuleType, types.BuiltinFunctionType)):
+        return None
     if isinstance(x, np.ndarray): return [(f"[{i}]", v) for i, v in enumerate(x.ravel())] if x.dtype == object else None
     if sparse.issparse(x):
         m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
         return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data)]
     if isinstance(x, pd.DataFrame): return [(".index", x.index), *((f"[{c!r}]", x[c].to_numpy()) for c in x.columns)]
-    if isinstance(x, (pd.Series, pd.Index)): return [(".values", x.to_numpy())] + ([(".index", x.index)] if isinstance(x, pd.Series) else [])
-    if isinstance(x, ad.AnnData): return [(f".{k}", getattr(x, k)) for k in ("X", "obs", "var")] + [(f".{k}", dict(getattr(x, k))) for k in ("layers", "obsm", "varm", "obsp", "uns")]
+    if isinstance(x, (pd.Series, pd.Index)):
+        return [(".values", x.to_numpy())] + ([(".index", x.index)] if isinstance(x, pd.Series) else [])
+    if isinstance(x, ad.AnnData):
+        return [(f".{k}", getattr(x, k)) for k in ("X", "obs", "var")] + [(f".{k}", dict(getattr(x, k))) for k in ("layers", "obsm",
+                                                                                                                   "varm", "obsp", "uns")]
     if isinstance(x, Mapping): return [(f"[{k!r}]", x[k]) for k in sorted(x, key=repr)]
     if isinstance(x, (list, tuple)): return [(f"[{i}]", v) for i, v in enumerate(x)]
     if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))]
@@ -299,7 +336,9 @@ def _inside_object(x) -> list:
     if isinstance(x, types.MethodType): return [(".self", x.__self__), (".name", x.__func__.__qualname__)]
     if getattr(x, "__dict__", None): return [(f".{k}", v) for k, v in sorted(vars(x).items())]
     try: return [(f".state{i}", part) for i, part in enumerate(x.__reduce_ex__(2)[1:3])]
-    except TypeError as e: raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes", "compare its outputs instead: give state=") from e
+    except TypeError as e:
+        raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes",
+                         "compare its outputs instead: give state=") from e
 
 # %% ../../nbs/data/08a_audit.ipynb #767dc266
 def leaves(
@@ -317,7 +356,8 @@ def leaves(
 def _unequal(a, b) -> "tuple | None":
     "Index and both values where two leaves differ, () for whole leaves."
     if not isinstance(a, np.ndarray): return None if type(a) is type(b) and (a == b or a != a and b != b) else ((), a, b)
-    if not isinstance(b, np.ndarray) or a.shape != b.shape or a.dtype != b.dtype: return (), f"{a.dtype} {a.shape}", f"{getattr(b, 'dtype', type(b).__name__)} {getattr(b, 'shape', '')}"
+    if not isinstance(b, np.ndarray) or a.shape != b.shape or a.dtype != b.dtype:
+        return (), f"{a.dtype} {a.shape}", f"{getattr(b, 'dtype', type(b).__name__)} {getattr(b, 'shape', '')}"
     same = (a == b) | ((a != a) & (b != b))
     if np.all(same): return None
     at = tuple(int(i[0]) for i in np.nonzero(~same)) if a.ndim else ()
@@ -337,10 +377,12 @@ def difference(
 def _show(v, beside=None) -> str:
     "A value for a message; all its digits if six do not tell it from the one beside."
     if not isinstance(v, (float, np.floating)): return str(v)[:60]
-    return f"{float(v):.6g}" if beside is None or not isinstance(beside, (float, np.floating)) or f"{v:.6g}" != f"{beside:.6g}" else repr(float(v))
+    return f"{float(v):.6g}" if beside is None or not isinstance(beside,
+                                                                 (float, np.floating)) or f"{v:.6g}" != f"{beside:.6g}" else repr(float(v))
 
 # %% ../../nbs/data/08a_audit.ipynb #5396f854
-ALLOWED = ("pert_type", "cell_line", "time_h", "dose_um", "batch", "plate", "well", "replicate", "donor", "n_cells")  # the design of an experiment
+ALLOWED = ("pert_type", "cell_line", "time_h", "dose_um", "batch", "plate", "well", "replicate", "donor",
+           "n_cells")  # the design of an experiment
 
 def _circle(rows: np.ndarray, stream) -> np.ndarray:
     "Each row gets another row of the same set: a random circle."
@@ -374,8 +416,10 @@ def _profiles_changed(a: ad.AnnData, rows: np.ndarray, how: str, stream) -> ad.A
     source = _redraw(rows, a.n_obs, how, stream)
     pick = lambda x: None if x is None else _thinned(x[source], rows, stream) if how == "drawn anew" else x[source]
     table = lambda x: pd.DataFrame(x.to_numpy()[source], x.index, x.columns) if isinstance(x, pd.DataFrame) else pick(x)
-    out = ad.AnnData(pick(a.X), a.obs.copy(), a.var.copy(), uns=copy.deepcopy(dict(a.uns)), layers={k: pick(v) for k, v in a.layers.items()},
-                     obsm={k: table(v) for k, v in a.obsm.items()}, varm=dict(a.varm), obsp={k: v[source][:, source] for k, v in a.obsp.items()}, varp=dict(a.varp))
+    out = ad.AnnData(pick(a.X), a.obs.copy(), a.var.copy(), uns=copy.deepcopy(dict(a.uns)),
+                     layers={k: pick(v) for k, v in a.layers.items()},
+                     obsm={k: table(v) for k, v in a.obsm.items()}, varm=dict(a.varm), obsp={k: v[source][:, source] for k,
+                                                                                             v in a.obsp.items()}, varp=dict(a.varp))
     if a.raw is not None: out.raw = ad.AnnData(pick(a.raw.X), obs=out.obs, var=a.raw.var)
     return out
 
@@ -410,12 +454,15 @@ def _features(builder: Callable, a: ad.AnnData) -> pd.DataFrame:
     "What a builder returns, as a table with a row for each observation, in their order."
     out = builder(a)
     if isinstance(out, pd.DataFrame) and list(map(str, out.index)) != list(a.obs_names):
-        raise InputError("a table whose index is not obs_names", "one row for each observation, in the order of the data", "reindex it with adata.obs_names")
+        raise InputError("a table whose index is not obs_names", "one row for each observation, in the order of the data",
+                         "reindex it with adata.obs_names")
     names = list(map(str, out.columns)) if isinstance(out, pd.DataFrame) else None
     if hasattr(out, "detach"): out = out.detach().cpu().numpy()
     x = out.toarray() if sparse.issparse(out) else np.asarray(out)
     x = x.reshape(-1, 1) if x.ndim == 1 else x.reshape(len(x), -1) if x.ndim > 2 else x
-    if x.ndim < 2 or len(x) != a.n_obs: raise InputError(f"features of shape {np.shape(out)} for {a.n_obs} observations", "one row for each observation", "return an array (n_obs, n_features)")
+    if x.ndim < 2 or len(x) != a.n_obs:
+        raise InputError(f"features of shape {np.shape(out)} for {a.n_obs} observations", "one row for each observation",
+                         "return an array (n_obs, n_features)")
     return pd.DataFrame(x, columns=names or [f"feature {i}" for i in range(x.shape[1])])
 
 # %% ../../nbs/data/08a_audit.ipynb #f7b44ddc
@@ -423,12 +470,14 @@ def _same(x: np.ndarray, y: np.ndarray) -> np.ndarray: return (x == y) | ((x != 
 
 def _changed_features(a: pd.DataFrame, b: pd.DataFrame, names: pd.Index) -> "str | None":
     "The first row and feature that differ, in words."
-    if list(a.columns) != list(b.columns): return f"there are {b.shape[1]} features ({', '.join(b.columns[:3])} …) instead of {a.shape[1]} ({', '.join(a.columns[:3])} …)"
+    if list(a.columns) != list(b.columns):
+        return f"there are {b.shape[1]} features ({', '.join(b.columns[:3])} …) instead of {a.shape[1]} ({', '.join(a.columns[:3])} …)"
     x, y = a.to_numpy(), b.to_numpy()
     same = _same(x, y)
     if same.all(): return None
     r, c = (int(i[0]) for i in np.nonzero(~same))
-    return f"{a.columns[c]!r} of row {names[r]!r} was {_show(x[r, c])} and is {_show(y[r, c], x[r, c])} ({int((~same).any(1).sum())} rows and {int((~same).any(0).sum())} features change)"
+    size = f"{int((~same).any(1).sum())} rows and {int((~same).any(0).sum())} features change"
+    return f"{a.columns[c]!r} of row {names[r]!r} was {_show(x[r, c])} and is {_show(y[r, c], x[r, c])} ({size})"
 
 def _tried(builder: Callable, a: ad.AnnData, base: pd.DataFrame, names: pd.Index) -> "str | None":
     "How the features differ on changed data; an error of the builder is a difference too."
@@ -441,11 +490,14 @@ def _sound(builder: Callable, a: ad.AnnData, alive: list, places: bool) -> pd.Da
     "The features, if the builder is deterministic, leaves its input alone, and looks neither at names nor at places."
     alive += [a.copy(), a.copy(), _renamed(a, "renamed")]
     base = _features(builder, alive[0])
-    if d := difference(a, alive[0]): raise InputError(f"the builder changes its input: {d}", "a builder that only reads", "copy inside it first")
+    if d := difference(a, alive[0]):
+        raise InputError(f"the builder changes its input: {d}", "a builder that only reads", "copy inside it first")
     if d := _changed_features(base, _features(builder, alive[1]), a.obs_names):
-        raise InputError(f"the builder is not deterministic: with the same input {d}", "equal features for equal input", "give it a seed of its own in each call")
+        raise InputError(f"the builder is not deterministic: with the same input {d}", "equal features for equal input",
+                         "give it a seed of its own in each call")
     if d := _tried(builder, alive[2], base, a.obs_names):
-        raise _leak(f"features depend on the names of the rows: after renaming {d}", "features of what is in a row", "look things up by a column, not by name")
+        raise _leak(f"features depend on the names of the rows: after renaming {d}", "features of what is in a row",
+                    "look things up by a column, not by name")
     if places: _refuse_places(builder, a, base, alive)
     return base
 
@@ -455,8 +507,10 @@ def _refuse_places(builder: Callable, a: ad.AnnData, base: pd.DataFrame, alive: 
     x, y = base.to_numpy(), _features(builder, alive[-1]).to_numpy()
     if x.shape != y.shape: return
     stuck = base.columns[_same(x, y).all(0) & ~_same(x, np.roll(x, 1, 0)).all(0)]
-    if len(stuck): raise _leak(f"{stuck[0]!r} stays in its place when the rows move ({len(stuck)} of {x.shape[1]} features)", "features of what is in a row",
-                               "it uses row numbers or a stored table; in data sorted by label the place is the label (places=False allows it)")
+    if len(stuck):
+        raise _leak(f"{stuck[0]!r} stays in its place when the rows move ({len(stuck)} of {x.shape[1]} features)",
+                    "features of what is in a row",
+                               "it uses row numbers or a stored table; in sorted data the place is the label (places=False allows it)")
 
 # %% ../../nbs/data/08a_audit.ipynb #1241c15e
 _PROFILE_WAYS, _LABEL_WAYS = ("made equal", "drawn anew", "permuted"), ("made equal", "named anew", "permuted", "permuted one by one")
@@ -466,14 +520,17 @@ def _rows_to_change(a: ad.AnnData, split: "Split | None") -> np.ndarray:
     if "pert_type" not in a.obs: raise InputError("no column 'pert_type' in obs", "which rows are controls", "add it")
     may = a.obs["pert_type"].astype(object).map(plain, na_action="ignore").ne("control").to_numpy()
     if split is not None: may = may & ~(split.mask(a, "train") | split.mask(a, "control"))
-    if may.sum() < 2: raise InputError(f"{may.sum()} rows to change", "at least two treated rows" + (" outside train" if split is not None else ""), "a proof needs something to change")
+    if may.sum() < 2:
+        raise InputError(f"{may.sum()} rows to change", "at least two treated rows" + (" outside train" if split is not None else ""),
+                         "a proof needs something to change")
     return np.flatnonzero(may)
 
 def _columns_to_change(a: ad.AnnData, forbidden: Sequence[str], allowed: Sequence[str]) -> list:
     "The columns of obs that a builder must not read."
     named = [f for f in forbidden if f not in ("X", "labels")]
     for c in named:
-        if c not in a.obs: raise InputError(f"{c!r} among the forbidden", "X, labels, or columns of obs", nearest(c, [*a.obs.columns, "X", "labels"]))
+        if c not in a.obs:
+            raise InputError(f"{c!r} among the forbidden", "X, labels, or columns of obs", nearest(c, [*a.obs.columns, "X", "labels"]))
     return [c for c in a.obs if c in named or ("labels" in forbidden and c not in allowed)]
 
 # %% ../../nbs/data/08a_audit.ipynb #9248f3ad
@@ -493,20 +550,25 @@ def audit_features(
     rows, columns, alive = _rows_to_change(a, split), _columns_to_change(a, forbidden, allowed), []
     tests = [("treated profiles", h, functools.partial(_profiles_changed, a)) for h in _PROFILE_WAYS if "X" in forbidden]
     tests += [(f"labels ({', '.join(columns)})", h, functools.partial(_labels_changed, a, columns)) for h in _LABEL_WAYS if columns]
-    if not tests: raise InputError(f"forbidden={forbidden}", "something to change: X, labels or a column", "say what the builder must not read")
+    if not tests:
+        raise InputError(f"forbidden={forbidden}", "something to change: X, labels or a column", "say what the builder must not read")
     base = _sound(builder, a, alive, places)
     for what, how, change in tests:
         alive.append(_renamed(change(rows, how, rng(seed, "data.audit", what, how)), f"{what}-{how}"))
         if d := _tried(builder, alive[-1], base, a.obs_names):
-            raise _leak(f"features depend on {what}: after these were {how} in {len(rows)} rows, {d}", f"equal features, since the model must not see the {what}",
+            raise _leak(f"features depend on {what}: after these were {how} in {len(rows)} rows, {d}",
+                        f"equal features, since the model must not see the {what}",
                         "compute them without; if the model may read them, say so with forbidden=")
     return _feature_report(base, rows, list(dict.fromkeys(w for w, *_ in tests)), split)
 
 def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None") -> Audit:
     where = f"{len(rows)} treated rows" + (" outside train" if split is not None else "")
-    proved = [f"{base.shape[1]} features of {len(base)} rows stay equal, bit for bit, when the {k} of {where} are permuted, made equal and replaced" for k in kinds]
-    notes = ["what stands in var, varm and uns was taken as given"] + ["all features are constant"] * bool((base.nunique(dropna=False) <= 1).all())
-    return Audit("the inputs", (*proved, "the builder is deterministic, leaves its input alone, and looks at no row name"), notes=tuple(notes))
+    claim = f"{base.shape[1]} features of {len(base)} rows stay equal, bit for bit, when the"
+    proved = [f"{claim} {k} of {where} are permuted, made equal and replaced" for k in kinds]
+    flat = bool((base.nunique(dropna=False) <= 1).all())
+    notes = ["what stands in var, varm and uns was taken as given"] + ["all features are constant"] * flat
+    return Audit("the inputs", (*proved, "the builder is deterministic, leaves its input alone, and looks at no row name"),
+                 notes=tuple(notes))
 
 # %% ../../nbs/data/08a_audit.ipynb #fb877939
 def _only(a: ad.AnnData, split: Split, keep: np.ndarray) -> "tuple[ad.AnnData, Split]":
@@ -539,18 +601,28 @@ def audit_fit(
     a = adata.to_memory() if adata.isbacked else adata
     free = np.logical_or.reduce([split.mask(a, p) for p in may_see])
     rows, train = np.flatnonzero(~free), np.flatnonzero(split.mask(a, "train"))
-    if len(rows) < 2 or len(train) < 2: raise InputError(f"{len(rows)} rows outside {', '.join(may_see)} and {len(train)} in train", "two or more of each", "a proof needs something to change")
+    if len(rows) < 2 or len(train) < 2:
+        raise InputError(f"{len(rows)} rows outside {', '.join(may_see)} and {len(train)} in train", "two or more of each",
+                         "a proof needs something to change")
     alive = [a.copy(), a.copy()]
     base = state(fit(alive[0], split))
-    if d := difference(base, state(fit(alive[1], split))): raise InputError(f"the fit is not deterministic: {d}", "equal results for equal input", "give it a seed, or compare what matters with state=")
-    tests = [(f"were {how}", _both_changed(a, rows, how, rng(seed, "data.audit", "fit", how)), split) for how in _PROFILE_WAYS] + [("were taken away", *_only(a, split, free))]
+    if d := difference(base, state(fit(alive[1], split))):
+        raise InputError(f"the fit is not deterministic: {d}", "equal results for equal input",
+                         "give it a seed, or compare what matters with state=")
+    tests = [(f"were {how}", _both_changed(a, rows, how, rng(seed, "data.audit", "fit", how)),
+              split) for how in _PROFILE_WAYS] + [("were taken away", *_only(a, split, free))]
     for how, b, its in tests:
         if d := _refitted(fit, state, b, its, base):
-            raise _leak(f"what was fitted depends on rows outside {' and '.join(may_see)}: after {len(rows)} rows {how}, {d}", "a fit on training rows alone", "fit on adata[split.mask(adata, 'train')]")
-    if not _learns(fit, state, a, split, train, base, seed): raise InputError("what was fitted does not change when the training rows change", "a fit that reads the data it is given", "it returns something stored: fit anew in each call")
-    return Audit("the fit", (f"what was fitted on {len(train)} training rows stays equal, bit for bit, when the other {len(rows)} rows are permuted, made equal, replaced, and taken away",
-                             "it does change when the training rows change"), tuple(f"{n} rows of part {p} may be seen" for p in may_see if p != "train" and (n := int(split.mask(a, p).sum()))))
+            raise _leak(f"what was fitted depends on rows outside {' and '.join(may_see)}: after {len(rows)} rows {how}, {d}",
+                        "a fit on training rows alone", "fit on adata[split.mask(adata, 'train')]")
+    if not _learns(fit, state, a, split, train, base, seed):
+        raise InputError("what was fitted does not change when the training rows change", "a fit that reads the data it is given",
+                         "it returns something stored: fit anew in each call")
+    claim = f"what was fitted on {len(train)} training rows stays equal, bit for bit, when the other {len(rows)} rows"
+    seen = tuple(f"{n} rows of part {p} may be seen" for p in may_see if p != "train" and (n := int(split.mask(a, p).sum())))
+    return Audit("the fit", (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change"), seen)
 
 def _learns(fit, state, a, split, train, base, seed) -> bool:
     "Whether other training rows give another result."
-    return any(_refitted(fit, state, _both_changed(a, train, how, rng(seed, "data.audit", "learns", how)), split, base) for how in _PROFILE_WAYS)
+    return any(_refitted(fit, state, _both_changed(a, train, how, rng(seed, "data.audit", "learns", how)), split,
+                         base) for how in _PROFILE_WAYS)

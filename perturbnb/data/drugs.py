@@ -25,14 +25,16 @@ def _molecule(smiles: str):
     from rdkit import Chem, rdBase
     with rdBase.BlockLogs(): mol = Chem.MolFromSmiles(str(smiles).strip())
     if mol is None or not mol.GetNumAtoms():
-        raise InputError(f"the SMILES {str(smiles)[:80]!r} cannot be read", "a valid SMILES", "correct it, or leave it empty if the structure is unknown")
+        raise InputError(f"the SMILES {str(smiles)[:80]!r} cannot be read", "a valid SMILES",
+                         "correct it, or leave it empty if the structure is unknown")
     return mol
 
 # %% ../../nbs/data/07_drugs.ipynb #679ff32c
-PARTNERS = """O [H][H] C N Cl Br I F [Na+] [K+] [Li+] [Ca+2] [Mg+2] [Zn+2] [Al+3] CS(C)=O CO CCO CC(C)O CC(C)=O CC(O)CO CC#N ClCCl CN(C)C=O CCOC(C)=O
-    OS(O)(=O)=O OP(O)(O)=O O[N+](=O)[O-] OC(=O)O OCl(=O)(=O)=O CS(=O)(=O)O CCS(=O)(=O)O OCCS(=O)(=O)O OS(=O)(=O)c1ccccc1 Cc1ccc(cc1)S(=O)(=O)O
-    OC=O CC(=O)O CCC(=O)O OC(=O)C(F)(F)F OC(=O)C(=O)O OC(=O)CC(=O)O OC(=O)CCC(=O)O OC(=O)C=CC(=O)O OC(=O)CC(O)C(=O)O OC(=O)C(O)C(O)C(=O)O
-    CC(O)C(=O)O OC(=O)CC(O)(CC(=O)O)C(=O)O OC(=O)c1ccccc1 OC(=O)c1ccccc1O OCC(O)C(O)C(O)C(O)C(=O)O OC(=O)c1cc2ccccc2c(c1O)Cc3c(O)c(cc4ccccc34)C(=O)O
+PARTNERS = """O [H][H] C N Cl Br I F [Na+] [K+] [Li+] [Ca+2] [Mg+2] [Zn+2] [Al+3] CS(C)=O CO CCO CC(C)O CC(C)=O CC(O)CO CC#N ClCCl
+    CN(C)C=O CCOC(C)=O OS(O)(=O)=O OP(O)(O)=O O[N+](=O)[O-] OC(=O)O OCl(=O)(=O)=O CS(=O)(=O)O CCS(=O)(=O)O OCCS(=O)(=O)O
+    OS(=O)(=O)c1ccccc1 Cc1ccc(cc1)S(=O)(=O)O OC=O CC(=O)O CCC(=O)O OC(=O)C(F)(F)F OC(=O)C(=O)O OC(=O)CC(=O)O
+    OC(=O)CCC(=O)O OC(=O)C=CC(=O)O OC(=O)CC(O)C(=O)O OC(=O)C(O)C(O)C(=O)O CC(O)C(=O)O OC(=O)CC(O)(CC(=O)O)C(=O)O
+    OC(=O)c1ccccc1 OC(=O)c1ccccc1O OCC(O)C(O)C(O)C(O)C(=O)O OC(=O)c1cc2ccccc2c(c1O)Cc3c(O)c(cc4ccccc34)C(=O)O
     OS(=O)(=O)c1cccc2c1cccc2S(=O)(=O)O NCCO NC(CO)(CO)CO CC(C)(C)N CNCC(O)C(O)C(O)C(O)CO C[N+](C)(C)CCO CCNCC NCCN
     NCCCCC(N)C(=O)O NC(CCCNC(N)=N)C(=O)O""".split()  # water, acids, bases, metals and solvents that come with a drug
 
@@ -115,11 +117,14 @@ def scaffold(
     return None if _missing(smiles) else _scaffold(_actives(smiles)[0])
 
 # %% ../../nbs/data/07_drugs.ipynb #501cb8df
-_SALT_WORDS = """hydrochloride dihydrochloride monohydrochloride trihydrochloride hcl hydrobromide hydroiodide chloride bromide iodide sulfate sulphate hemisulfate bisulfate
-    disulfate phosphate diphosphate nitrate mesylate dimesylate methanesulfonate esylate besylate tosylate ditosylate isethionate edisylate acetate diacetate trifluoroacetate tfa formate
-    maleate hemimaleate malate s-malate l-malate fumarate hemifumarate tartrate bitartrate l-tartrate citrate succinate hemisuccinate oxalate lactate gluconate benzoate pamoate
-    napsylate sodium disodium trisodium potassium dipotassium calcium hemicalcium magnesium lithium zinc ammonium diammonium olamine erbumine meglumine tromethamine choline lysine arginine
-    hydrate monohydrate hemihydrate dihydrate trihydrate tetrahydrate pentahydrate hexahydrate octahydrate anhydrous solvate dmso dmso_tf ethanolate methanolate salt free base""".split()
+_SALT_WORDS = """hydrochloride dihydrochloride monohydrochloride trihydrochloride hcl hydrobromide hydroiodide chloride bromide
+    iodide sulfate sulphate hemisulfate bisulfate disulfate phosphate diphosphate nitrate mesylate dimesylate
+    methanesulfonate esylate besylate tosylate ditosylate isethionate edisylate acetate diacetate trifluoroacetate tfa
+    formate maleate hemimaleate malate s-malate l-malate fumarate hemifumarate tartrate bitartrate l-tartrate citrate
+    succinate hemisuccinate oxalate lactate gluconate benzoate pamoate napsylate sodium disodium trisodium potassium
+    dipotassium calcium hemicalcium magnesium lithium zinc ammonium diammonium olamine erbumine meglumine tromethamine
+    choline lysine arginine hydrate monohydrate hemihydrate dihydrate trihydrate tetrahydrate pentahydrate hexahydrate
+    octahydrate anhydrous solvate dmso dmso_tf ethanolate methanolate salt free base""".split()
 
 def plain(
     name,  # any value; its text is taken
@@ -166,7 +171,8 @@ def _joined(pairs: pd.DataFrame) -> pd.Series:
 # %% ../../nbs/data/07_drugs.ipynb #d01d06dc
 def _marks(facts: pd.DataFrame, by: str) -> pd.DataFrame:
     "Everything that joins names: equal spelling, structure, scaffold if asked, and the stem where a structure is missing."
-    rows = [(n, f"plain:{plain(n)}") for n in facts["name"]] + [(n, f"key:{k}") for n, keys in zip(facts["name"], facts["keys"]) for k in keys]
+    rows = [(n, f"plain:{plain(n)}") for n in facts["name"]] + [(n, f"key:{k}") for n,
+                                                                keys in zip(facts["name"], facts["keys"]) for k in keys]
     if by == "scaffold": rows += [(n, f"scaffold:{s}") for n, s in zip(facts["name"], facts["scaffold"]) if s]
     known = facts.groupby("name")["keys"].agg(lambda keys: any(map(len, keys)))
     stems = pd.Series({n: stem(n) for n in known.index})
@@ -189,8 +195,10 @@ def structure_groups(
     "Which drug names go together."
     if by not in ("structure", "scaffold"): raise InputError(f"by={by!r}", "structure or scaffold", "choose one of the two")
     if name not in drugs: raise InputError(f"no column {name!r}", "a column with drug names", "name it with name=")
-    facts = pd.DataFrame({"name": drugs[name].astype(object), "smiles": drugs[smiles].astype(object) if smiles in drugs else None}).drop_duplicates()
-    if facts["name"].isna().any() or facts.empty: raise InputError("a drug without a name, or no drug", "a name in each row", "fill it in or drop the row")
+    facts = pd.DataFrame({"name": drugs[name].astype(object),
+                          "smiles": drugs[smiles].astype(object) if smiles in drugs else None}).drop_duplicates()
+    if facts["name"].isna().any() or facts.empty:
+        raise InputError("a drug without a name, or no drug", "a name in each row", "fill it in or drop the row")
     facts["name"] = facts["name"].map(str)
     looked = [_look_up(n, s) for n, s in zip(facts["name"], facts["smiles"])]
     facts = facts.assign(keys=pd.Series([k for k, _ in looked], facts.index, dtype=object), scaffold=[s for _, s in looked])
@@ -237,7 +245,8 @@ def tanimoto(
 ) -> np.ndarray:  # (n, m), 0 to 1; NaN where both are empty
     "Tanimoto similarity of each row of `a` with each row of `b`."
     a, b = (np.atleast_2d(np.asarray(x)) for x in (a, a if b is None else b))
-    if a.shape[1] != b.shape[1]: raise InputError(f"fingerprints of {a.shape[1]} and {b.shape[1]} bits", "one length", "make both with the same n_bits")
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"fingerprints of {a.shape[1]} and {b.shape[1]} bits", "one length", "make both with the same n_bits")
     x, y = a.astype(np.float32), b.astype(np.float32)
     if max(x.max(initial=0), y.max(initial=0)) <= 1: common = (x @ y.T).astype(float)  # whole numbers far below 2^24: exact
     else: common = np.stack([np.minimum(row, y).sum(1, dtype=float) for row in x]) if len(x) else np.zeros((0, len(y)))

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..core import ChangedFile, InputError, MissingFile, atomic_file, nearest, rng, table_hash
 from .drugs import plain, structure_groups
+from .schema import PERT_TYPES
 
 # %% ../../nbs/data/08_split.ipynb #0add2d14
 PARTS = ("train", "val", "test", "control", "left_out")
@@ -55,10 +56,15 @@ def make_split(
 ) -> Split:  # with its hash
     "A split from a finished table: a rule's, or one from a publication."
     table = (table.to_frame("part") if isinstance(table, pd.Series) else table).copy()
+    if "part" not in table:
+        raise InputError(f"a table with the columns {list(table.columns)}", "a column part", "name it, or give a Series")
     if "stratum" not in table: table["stratum"] = "all"
     table = table[["part", "stratum"]].astype(object).set_axis(table.index.map(str).rename("name")).sort_index()
-    if not table.index.is_unique: raise InputError(f"{table.index[table.index.duplicated()][0]!r} stands in the table twice", "each name once", "make the names unique")
-    if (odd := table.index[~table["part"].isin(PARTS)]).size: raise InputError(f"{odd[0]!r} has part {table['part'][odd[0]]!r}", "one of " + ", ".join(PARTS), "correct the part")
+    if not table.index.is_unique:
+        raise InputError(f"{table.index[table.index.duplicated()][0]!r} stands in the table twice", "each name once",
+                         "make the names unique")
+    if (odd := table.index[~table["part"].isin(PARTS)]).size:
+        raise InputError(f"{odd[0]!r} has part {table['part'][odd[0]]!r}", "one of " + ", ".join(PARTS), "correct the part")
     params = json.loads(json.dumps(params or {}))
     made = Split(name, int(seed), params, table, tuple(notes))
     return Split(name, int(seed), params, table, tuple(notes), split_hash(made))
@@ -71,11 +77,13 @@ def obs_of(
 ) -> pd.DataFrame:  # the table, indexed by name
     "The table of observations, each with a name of its own."
     obs = data if isinstance(data, pd.DataFrame) else getattr(data, "obs", None)
-    if not isinstance(obs, pd.DataFrame): raise InputError(f"a {type(data).__name__}", "an AnnData or a table of observations", "give adata or adata.obs")
+    if not isinstance(obs, pd.DataFrame):
+        raise InputError(f"a {type(data).__name__}", "an AnnData or a table of observations", "give adata or adata.obs")
     obs = obs.set_axis(obs.index.map(str))
     if not len(obs): raise InputError("no observation", "at least one row", "look at the table")
     for name in obs.index[obs.index.duplicated()][:1]:
-        raise InputError(f"the name {name!r} stands more than once", "a name of its own for each observation", "call obs_names_make_unique() first")
+        raise InputError(f"the name {name!r} stands more than once", "a name of its own for each observation",
+                         "call obs_names_make_unique() first")
     return obs
 
 @patch
@@ -94,7 +102,9 @@ def part(self: Split, part: str) -> pd.Index:
 def mask(self: Split, data: "AnnData | pd.DataFrame", part: str) -> np.ndarray:
     "Which rows of `data`, in its own order, belong to a part; (n_obs,) of bool."
     names = obs_of(data).index
-    if (lost := names.difference(self.table.index)).size: raise InputError(f"row {lost[0]!r} is not in the split ({lost.size} such rows)", "the data it was made from", "make the split again")
+    if (lost := names.difference(self.table.index)).size:
+        raise InputError(f"row {lost[0]!r} is not in the split ({lost.size} such rows)", "the data it was made from",
+                         "make the split again")
     return names.isin(self.part(part))
 
 # %% ../../nbs/data/08_split.ipynb #14af5d92
@@ -102,8 +112,10 @@ def mask(self: Split, data: "AnnData | pd.DataFrame", part: str) -> np.ndarray:
 def save(self: Split, path: "str | Path") -> Path:
     "Write the split as one Parquet file, whole or not at all."
     import pyarrow as pa, pyarrow.parquet as pq
-    if split_hash(self) != self.hash: raise InputError(f"the split {self.name} was changed after it was made", "the table that belongs to its hash", "make it again")
-    head = json.dumps({"name": self.name, "seed": self.seed, "params": self.params, "notes": list(self.notes), "hash": self.hash}, sort_keys=True)
+    if split_hash(self) != self.hash:
+        raise InputError(f"the split {self.name} was changed after it was made", "the table that belongs to its hash", "make it again")
+    head = json.dumps({"name": self.name, "seed": self.seed, "params": self.params, "notes": list(self.notes), "hash": self.hash},
+                      sort_keys=True)
     table = pa.Table.from_pandas(self.table.reset_index(), preserve_index=False).replace_schema_metadata({"perturbnb_split": head})
     with atomic_file(path) as part: pq.write_table(table, part, write_page_checksum=True)
     return Path(path)
@@ -120,8 +132,11 @@ def load(
         frame = table.to_pandas().set_index("name")[["part", "stratum"]].astype(object)
         found = Split(head["name"], head["seed"], head["params"], frame, tuple(head["notes"]), head["hash"])
     except (pa.ArrowException, OSError, KeyError, ValueError) as e:
-        raise InputError(f"{path} cannot be read as a split ({type(e).__name__})", "a file written by Split.save", "save the split again") from e
-    if split_hash(found) != found.hash: raise ChangedFile(f"{path} is not the split that was saved", f"the hash {found.hash[:12]}…", "the file was edited: make the split again")
+        raise InputError(f"{path} cannot be read as a split ({type(e).__name__})", "a file written by Split.save",
+                         "save the split again") from e
+    if split_hash(found) != found.hash:
+        raise ChangedFile(f"{path} is not the split that was saved", f"the hash {found.hash[:12]}…",
+                          "the file was edited: make the split again")
     return found
 
 # %% ../../nbs/data/08_split.ipynb #5f5e1f67
@@ -133,7 +148,8 @@ def _column(obs: pd.DataFrame, name: str, why: str = "this rule groups by it") -
     "A column as plain text, with a value in each row."
     if name not in obs: raise InputError(f"no column {name!r} in obs", f"it, since {why}", nearest(name, obs.columns))
     text = _texts(obs[name])
-    for row in text.index[text.isna() | text.eq("")][:1]: raise InputError(f"row {row!r} has no {name}", "a value in each row", "fill it in or drop the row")
+    for row in text.index[text.isna() | text.eq("")][:1]:
+        raise InputError(f"row {row!r} has no {name}", "a value in each row", "fill it in or drop the row")
     return text
 
 def _fraction(name: str, value: float, low: float = 0) -> float:
@@ -176,10 +192,12 @@ def _deal(member: pd.Series, weight: pd.Series, strata: pd.Series, stream, what:
         if isinstance(how, (list, tuple, set)): chosen = _named(sorted(how), member, what)
         else: chosen = _take(left, weight, _fraction(name, how, 0))
         for g in chosen:
-            if part[g] != "train": raise InputError(f"{what} group {g!r} is asked for in both val and test", "different groups", "name it once")
+            if part[g] != "train":
+                raise InputError(f"{what} group {g!r} is asked for in both val and test", "different groups", "name it once")
             part[g] = name
     if not (part == "train").any() or not (part == "test").any() or (val and not (part == "val").any()):
-        raise InputError(f"{len(part)} {what} group{'s' * (len(part) != 1)} for train, val={val} and test={test}", "at least one group for each part",
+        raise InputError(f"{len(part)} {what} group{'s' * (len(part) != 1)} for train, val={val} and test={test}",
+                         "at least one group for each part",
                          "set val=0, hold out less, or choose another rule")
     return part
 
@@ -200,7 +218,8 @@ def _register(rule: Callable) -> Callable:
 def rules() -> pd.DataFrame:
     "The rules: what each holds out, and its options with their defaults."
     options = lambda f: ", ".join(f"{p.name}={p.default!r}" for p in inspect.signature(f).parameters.values() if p.kind == p.KEYWORD_ONLY)
-    return pd.DataFrame([(n, f.__doc__.splitlines()[0], options(f)) for n, f in SPLITS.items()], columns=["rule", "what it does", "options"]).set_index("rule")
+    return pd.DataFrame([(n, f.__doc__.splitlines()[0], options(f)) for n, f in SPLITS.items()],
+                        columns=["rule", "what it does", "options"]).set_index("rule")
 
 # %% ../../nbs/data/08_split.ipynb #98df3ff7
 def _prepared(data, controls: str) -> "tuple[pd.DataFrame, pd.Index]":
@@ -229,8 +248,10 @@ def split(
     if controls not in allowed: raise InputError(f"controls={controls!r} with the split {name}", " or ".join(allowed), "leave it out")
     obs, aside = _prepared(data, controls)
     dealt = rule(obs, seed, **params)
-    table = pd.concat([pd.DataFrame({"part": dealt.part, "stratum": dealt.stratum}), pd.DataFrame({"part": "control", "stratum": "control"}, index=aside)])
-    params = {k: sorted(map(str, v)) if isinstance(v, (list, tuple, set)) else v for k, v in {**known, **params, "controls": controls}.items()}
+    table = pd.concat([pd.DataFrame({"part": dealt.part, "stratum": dealt.stratum}),
+                       pd.DataFrame({"part": "control", "stratum": "control"}, index=aside)])
+    params = {**known, **params, "controls": controls}
+    params = {k: sorted(map(str, v)) if isinstance(v, (list, tuple, set)) else v for k, v in params.items()}
     return make_split(name, table, seed=seed, params=params, notes=dealt.notes)
 
 # %% ../../nbs/data/08_split.ipynb #3d3b507c
@@ -243,10 +264,12 @@ def _strata(obs: pd.DataFrame, group: pd.Series, by: "str | None") -> "tuple[pd.
     first = n.sort_values(["g", "n", "s"], ascending=[True, False, True]).drop_duplicates("g").set_index("g")["s"]
     sizes = first.value_counts()
     thin = sorted(sizes.index[sizes < 3])
-    note = f"; {len(thin)} of them have fewer than 3 groups and cannot stand in train, val and test alike: {', '.join(thin[:8])}{' …' * (len(thin) > 8)}"
+    names = ", ".join(thin[:8]) + " …" * (len(thin) > 8)
+    note = f"; {len(thin)} of them have fewer than 3 groups and cannot stand in train, val and test alike: {names}"
     return row, first, (f"stratified by {by}: {len(sizes)} strata" + note * bool(thin),)
 
-def _by_group(obs: pd.DataFrame, group: pd.Series, names: pd.Series, seed: int, rule: str, what: str, test, val, stratify, notes: tuple = ()) -> Dealt:
+def _by_group(obs: pd.DataFrame, group: pd.Series, names: pd.Series, seed: int, rule: str, what: str, test, val, stratify,
+              notes: tuple = ()) -> Dealt:
     "Deal whole groups; group and names (what is counted) are given for each row."
     row, strata, more = _strata(obs, group, stratify)
     pairs = pd.DataFrame({"group": group, "name": names}).drop_duplicates()
@@ -254,17 +277,32 @@ def _by_group(obs: pd.DataFrame, group: pd.Series, names: pd.Series, seed: int, 
     return Dealt(group.map(part), row, notes + more)
 
 # %% ../../nbs/data/08_split.ipynb #367d23e0
+def _labels(obs: pd.DataFrame) -> pd.Series:
+    "`pert` of each row with its parts sorted and joined by +: equal whatever their order."
+    _column(obs, "pert")
+    known = {v: "+".join(sorted({g.strip() for g in str(v).split("+")} - {""})) for v in obs["pert"].unique()}
+    return obs["pert"].astype(object).map(known)
+
+_GENETIC = frozenset(t.name for t in PERT_TYPES if t.genes)
+
 def _drugs(obs: pd.DataFrame, by: str = "structure") -> "tuple[pd.Series, tuple]":
-    "Group of each row, by name and structure, and notes."
-    groups = structure_groups(obs.drop_duplicates([c for c in ("pert", "smiles") if c in obs]), name="pert", by=by)
+    "Group of each row, by name and structure (genetic perturbations by their genes), and notes."
+    genetic = obs["pert_type"].astype(object).isin(_GENETIC)
+    out, drugs = _labels(obs), obs[~genetic]
+    if drugs.empty: return out, ()
+    groups = structure_groups(drugs.drop_duplicates([c for c in ("pert", "smiles") if c in obs]), name="pert", by=by)
+    out[~genetic] = drugs["pert"].map(str).map(groups["group"])
     lost = groups.index[~groups.known]
     note = "no column smiles: drugs are grouped by name alone" if "smiles" not in obs else \
         f"{len(lost)} of {len(groups)} drugs have no structure and are grouped by name alone" if len(lost) else None
-    return obs["pert"].map(str).map(groups["group"]), (note,) if note else ()
+    return out, (note,) if note else ()
 
 @_register
 def unseen_drug(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
     "Whole drugs held out, together with their salts, solvates and equal structures."
+    if (gene := obs.index[obs["pert_type"].astype(object).isin(_GENETIC)]).size:
+        raise InputError(f"row {gene[0]!r} is a genetic perturbation ({obs['pert'][gene[0]]})", "drugs or metabolites",
+                         "use unseen_gene, unseen_combo, gears or doubles")
     group, notes = _drugs(obs)
     return _by_group(obs, group, _column(obs, "pert"), seed, "unseen_drug", "drug", test, val, stratify, notes)
 
@@ -272,7 +310,8 @@ def unseen_drug(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
 @_register
 def unseen_scaffold(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
     "Whole Bemis–Murcko scaffolds held out; acyclic drugs are groups of their own."
-    if "smiles" not in obs: raise InputError("no column 'smiles' in obs", "structures, since this rule groups by scaffold", "add smiles, or use unseen_drug")
+    if "smiles" not in obs:
+        raise InputError("no column 'smiles' in obs", "structures, since this rule groups by scaffold", "add smiles, or use unseen_drug")
     group, notes = _drugs(obs, "scaffold")
     return _by_group(obs, group, _column(obs, "pert"), seed, "unseen_scaffold", "scaffold", test, val, stratify, notes)
 
@@ -312,8 +351,11 @@ def unseen_both(obs, seed, *, test_drugs=0.2, test_lines=0.2, val_drugs=0.1, val
     c = _by_group(obs, line, line, seed, "unseen_both lines", "cell line", test_lines, val_lines, None).part
     part = d.where(d == c, "left_out")
     for p in ["train", "test"] + ["val"] * bool(val_drugs):
-        if not (part == p).any(): raise InputError(f"no row for {p}", "a row in each part", "the pairs that were measured are too few: hold out more, or choose another seed")
-    return Dealt(part, pd.Series("all", obs.index), notes + (f"{int((part == 'left_out').sum())} of {len(part)} rows are left out: drug and line belong to different parts",))
+        if not (part == p).any():
+            raise InputError(f"no row for {p}", "a row in each part",
+                             "the pairs that were measured are too few: hold out more, or choose another seed")
+    lost = f"{int((part == 'left_out').sum())} of {len(part)} rows are left out: drug and line belong to different parts"
+    return Dealt(part, pd.Series("all", obs.index), (*notes, lost))
 
 # %% ../../nbs/data/08_split.ipynb #a33115b5
 def _hold_pairs(pairs: pd.DataFrame, order: list, wanted: "dict[str, int]") -> pd.Series:
@@ -326,7 +368,9 @@ def _hold_pairs(pairs: pd.DataFrame, order: list, wanted: "dict[str, int]") -> p
         left["drug"][a[i]] -= 1; left["line"][b[i]] -= 1
         part[i], todo[0] = todo[0][0], (todo[0][0], todo[0][1] - 1)
         if not todo[0][1]: todo.pop(0)
-    if todo: raise InputError(f"too few pairs for {todo[0][0]}: {todo[0][1]} of {wanted[todo[0][0]]} cannot be held out", "every drug and every line still in train", "hold out less")
+    if todo:
+        raise InputError(f"too few pairs for {todo[0][0]}: {todo[0][1]} of {wanted[todo[0][0]]} cannot be held out",
+                         "every drug and every line still in train", "hold out less")
     return pd.Series(part, index=pairs.index)
 
 @_register
@@ -343,12 +387,6 @@ def pair(obs, seed, *, test=0.2, val=0.1, stratify="cell_line") -> Dealt:
     return Dealt(which.map(_hold_pairs(pairs, order, wanted)), row, notes + more)
 
 # %% ../../nbs/data/08_split.ipynb #c7c5cace
-def _labels(obs: pd.DataFrame) -> pd.Series:
-    "The perturbed genes of each row, sorted and joined by +: equal whatever the order in `pert`."
-    _column(obs, "pert")
-    known = {v: "+".join(sorted({g.strip() for g in str(v).split("+")} - {""})) for v in obs["pert"].unique()}
-    return obs["pert"].astype(object).map(known)
-
 def _genes(labels) -> list: return sorted({g for c in labels for g in c.split("+")})
 
 def _seen(labels, trained) -> dict:
@@ -365,11 +403,13 @@ def unseen_gene(obs, seed, *, test=0.2, val=0.1) -> Dealt:
     "Genes held out from every training condition, single or combined."
     labels = _labels(obs)
     genes = pd.Series(_genes(labels.unique()))
-    gene_part = _deal(pd.Series(genes.values, genes.map(plain)), pd.Series(1, genes), pd.Series("all", genes), rng(seed, "data.split", "unseen_gene"), "gene", test, val)
+    gene_part = _deal(pd.Series(genes.values, genes.map(plain)), pd.Series(1, genes), pd.Series("all", genes),
+                      rng(seed, "data.split", "unseen_gene"), "gene", test, val)
     where = {c: next((p for p in ("test", "val") if any(gene_part[g] == p for g in c.split("+"))), "train") for c in labels.unique()}
     part = labels.map(where)
     for p in ["train", "test"] + ["val"] * bool(val):
-        if not (part == p).any(): raise InputError(f"no condition for {p}", "a condition in each part", "too few genes: hold out less, or another seed")
+        if not (part == p).any():
+            raise InputError(f"no condition for {p}", "a condition in each part", "too few genes: hold out less, or another seed")
     return Dealt(part, labels.map(_seen(where, _genes(c for c, p in where.items() if p == "train"))))
 
 # %% ../../nbs/data/08_split.ipynb #52afd6a0
@@ -402,7 +442,8 @@ def gears(obs, seed, *, genes_train=0.75, combos_train=0.75, val_genes_train=0.9
     labels = _labels(obs)
     rest, test = _gears_halves(sorted(set(labels)), _share("genes_train", genes_train), _share("combos_train", combos_train), seed)
     train, val = _gears_halves(rest, _share("val_genes_train", val_genes_train), _share("val_combos_train", val_combos_train), seed)
-    if not train or not test: raise InputError(f"{labels.nunique()} conditions", "enough for train and test", "this rule needs dozens of genes")
+    if not train or not test:
+        raise InputError(f"{labels.nunique()} conditions", "enough for train and test", "this rule needs dozens of genes")
     stratum = {**dict.fromkeys(train, "train"), **_seen(val, _genes(train)), **_seen(test, _genes(rest))}
     part = {**dict.fromkeys(train, "train"), **dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
     return Dealt(labels.map(part), labels.map(stratum))
