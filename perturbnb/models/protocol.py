@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'IDS', 'control_halves', 'effects_by_control', 'run_protocol', 'by_pair', 'partners', 'protocol_means',
-           'protocol_differences']
+           'protocol_differences', 'protocol_ceilings']
 
 # %% ../../nbs/models/05b_protocol.ipynb #0a4d1f6e
 import anndata as ad
@@ -16,6 +16,7 @@ from ..data.audit import audit
 from ..data.perturbseq import bulk_of
 from ..data.split import split
 from ..metrics import effect  # entered into the registry
+from ..metrics.ceiling import ceiling, screen
 from ..metrics.registry import score_rows
 from ..metrics.uncertainty import mean_interval, paired_difference
 from .baselines import baseline
@@ -131,4 +132,26 @@ def protocol_differences(
                 e = paired_difference(both[m], both[against], partners(both.index), n_boot=n_boot, seed=seed)
                 out.append(dict(protocol=protocol, id=i, model=m, baseline=against, difference=e.value, low=e.low, high=e.high, p=e.p, n=e.n,
                                 note="; ".join(filter(None, [e.note, f"{len(table) - len(both)} pairs without a value" if len(both) < len(table) else ""]))))
+    return pd.DataFrame(out)
+
+# %% ../../nbs/models/05b_protocol.ipynb #961d5221
+def protocol_ceilings(
+    cells: ad.AnnData,  # from data.perturbseq.read_perturbseq
+    effects: dict,  # from effects_by_control
+    seed: int = 0,  # of the division of the control, as in effects_by_control
+    **options,  # passed to metrics.ceiling.ceiling and mean_interval: n_boot
+) -> pd.DataFrame:  # protocol, id, value, low, high, n, note
+    "The score of a perfect model, with its interval over pairs."
+    half, genes = control_halves(cells, seed).to_numpy(), effects["all"].var_names
+    pair, out = cells.obs.pert.astype(str).str.contains("+", regex=False).to_numpy(), []
+    se = bulk_of(cells[pair], by=("pert",))[:, genes]
+    floor = pd.Series(np.sqrt((se.layers["se"] ** 2).sum(1)), se.obs.pert.astype(str).to_numpy())
+    for protocol, (_, b) in PROTOCOLS.items():
+        e = mean_interval(floor, partners(floor.index), **options)
+        out.append(dict(protocol=protocol, id="l2@1", value=e.value, low=e.low, high=e.high, n=e.n, note=e.note))
+        some = cells[pair | (half == b) | ((b == "all") & (half != ""))][:, genes]
+        found = ceiling(screen(some, "pert", "control", strata="batch"), seed=seed, **options)
+        e, lost = found.ceiling, len(found.left_out)
+        out.append(dict(protocol=protocol, id="pearson_delta@1", value=e.value, low=e.low, high=e.high, n=e.n,
+                        note="; ".join(filter(None, [e.note, f"{lost} pairs with too few cells" if lost else ""]))))
     return pd.DataFrame(out)
