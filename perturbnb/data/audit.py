@@ -620,7 +620,8 @@ def audit_fit(
                          "it returns something stored: fit anew in each call")
     claim = f"what was fitted on {len(train)} training rows stays equal, bit for bit, when the other {len(rows)} rows"
     seen = tuple(f"{n} rows of part {p} may be seen" for p in may_see if p != "train" and (n := int(split.mask(a, p).sum())))
-    return Audit("the fit", (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change"), seen)
+    proved = (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change")
+    return Audit("the fit", proved, seen)
 
 def _learns(fit, state, a, split, train, base, seed) -> bool:
     "Whether other training rows give another result."
