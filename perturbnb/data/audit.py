@@ -166,6 +166,7 @@ def _overlap(values: pd.DataFrame, part: pd.Series) -> pd.DataFrame:
     n = seen.drop_duplicates(["value", "part"]).groupby("value").size()
     return seen[seen["value"].isin(n.index[n > 1])]
 
+# %% ../../nbs/data/08a_audit.ipynb #f5a28f29
 def _disjoint(split: Split, obs: pd.DataFrame, part: pd.Series, name: str) -> str:
     "The sentence that proves a facet disjoint; LeakError otherwise."
     values, dealt = facet(obs, name), obs.index[part.isin(("train", "val", "test"))]
@@ -206,6 +207,7 @@ def _known_partners(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
                         "each drug and line of val and test in train", "hold out fewer pairs", bad)
     return "each drug and each cell line of val and test has rows in train"
 
+# %% ../../nbs/data/08a_audit.ipynb #c8da255c
 def _conditions(obs: pd.DataFrame, part: pd.Series) -> "dict[str, set]":
     "The gene sets of each part."
     labels = _labels(obs)
@@ -221,7 +223,7 @@ def _new_gene(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
                         "a gene that is new in each held-out condition", "hold out genes, not conditions")
     return f"each held-out condition has a gene that no earlier part has ({len(sets['test'])} conditions in test)"
 
-# %% ../../nbs/data/08a_audit.ipynb #c8da255c
+# %% ../../nbs/data/08a_audit.ipynb #90c8393a
 def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     "Every single perturbation is in train."
     sets = _conditions(obs, part)
@@ -230,6 +232,7 @@ def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
             raise _leak(f"the single {c!r} is in {p}", "all singles in train", "hold out combinations alone")
     return f"all {sum(len(c) == 1 for c in sets['train'])} single perturbations are in train"
 
+# %% ../../nbs/data/08a_audit.ipynb #14f8e574
 def _true_strata(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     "combo_seen0, 1, 2 and unseen_single are what the labels say (alone: seen as a single; else: in any condition)."
     sets, alone = _conditions(obs, part), split.name == "unseen_combo"
@@ -251,17 +254,21 @@ _CHECKS = {"pair": [_known_partners], "unseen_gene": [_new_gene], "unseen_combo"
            "doubles": [_singles_train]}
 
 # %% ../../nbs/data/08a_audit.ipynb #576c87fa
-def _shared_on_purpose(obs: pd.DataFrame, part: pd.Series) -> list:
-    "Sentences on the controls."
-    c = obs[part == "control"]
+def _shared_on_purpose(obs: pd.DataFrame, part: pd.Series, promised: Sequence[str]) -> list:
+    "Sentences on the controls, and on what they show of the promised facets (a held-out line, donor, replicate)."
+    c = obs.index[part == "control"]
     if c.empty: return []
-    names = sorted(map(str, c["pert"].unique()))
-    line = f"{len(c)} control rows ({', '.join(names[:5])}{' …' * (len(names) > 5)}) may be used by every part"
-    if "cell_line" not in obs: return [line]
-    lines = lambda p: set(obs["cell_line"][part == p].map(plain))
-    new = (lines("test") - lines("train")) & set(c["cell_line"].map(plain))
-    return [line + (f"; they include the controls of {len(new)} cell lines of test that have no training row" if new else "")]
+    names = sorted(map(str, obs["pert"][c].unique()))
+    out = [f"{len(c)} control rows ({', '.join(names[:5])}{' …' * (len(names) > 5)}) may be used by every part"]
+    for name in promised:
+        if name in ("perturbation", "structure", "scaffold", "pair"): continue
+        values = facet(obs, name)
+        of = {p: set(values[values["row"].isin(obs.index[part == p])]["value"]) for p in ("train", "test", "control")}
+        if new := (of["test"] - of["train"]) & of["control"]:
+            out.append(f"among them are the controls of {len(new)} {name}s of test that have no training row")
+    return out
 
+# %% ../../nbs/data/08a_audit.ipynb #458560de
 def _not_promised(obs: pd.DataFrame, part: pd.Series, promised: Sequence[str]) -> list:
     "Sentences on facets that train and test share."
     out = []
@@ -275,7 +282,7 @@ def _not_promised(obs: pd.DataFrame, part: pd.Series, promised: Sequence[str]) -
             out.append(f"{len(both)} of {n} {name}s of test are in train ({rows} of {(part == 'test').sum()} test rows)")
     return out
 
-# %% ../../nbs/data/08a_audit.ipynb #458560de
+# %% ../../nbs/data/08a_audit.ipynb #370a4e5f
 def audit(
     split: Split,  # any split whose name is a rule
     data: "AnnData | pd.DataFrame",  # the data it was made for, or their obs
@@ -294,9 +301,11 @@ def audit(
     used = [p for p in promised if not (p in _OPTIONAL and facet(obs, p) is None)]
     if obs["pert_type"].isin([*_GENETIC, "control"]).all(): used = [p for p in used if p != "structure"]
     proved = [_disjoint(split, obs, part, p) for p in used] + [check(split, obs, part) for check in _CHECKS.get(split.name, [])]
-    return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]), tuple(_shared_on_purpose(obs, part)),
+    return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]),
+                 tuple(_shared_on_purpose(obs, part, used)),
                  tuple(_not_promised(obs, part, used)), split.notes + tuple(_limits(obs, promised, used)))
 
+# %% ../../nbs/data/08a_audit.ipynb #b3ab3ef9
 def _whole(split: Split, obs: pd.DataFrame) -> str:
     return f"each of {len(obs)} rows is in one part ({', '.join(f'{k} {v}' for k, v in split.sizes().items())}), hash {split.hash[:12]}"
 
@@ -325,6 +334,7 @@ def _inside(x) -> "list | None":
     if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))]
     return _inside_object(x)
 
+# %% ../../nbs/data/08a_audit.ipynb #767dc266
 def _inside_object(x) -> list:
     "The same for tensors, modules, functions, and objects in general."
     if hasattr(x, "state_dict") and hasattr(x, "named_modules"): return [(".state_dict()", dict(x.state_dict()))]
@@ -340,7 +350,7 @@ def _inside_object(x) -> list:
         raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes",
                          "compare its outputs instead: give state=") from e
 
-# %% ../../nbs/data/08a_audit.ipynb #767dc266
+# %% ../../nbs/data/08a_audit.ipynb #3334ea3a
 def leaves(
     x,  # anything: arrays, tables, dictionaries, fitted objects, modules, functions with what they hold
     path: str = "",  # name of x in a message
@@ -353,6 +363,7 @@ def leaves(
     yield f"{path}<{type(x).__name__}>", len(inside)
     for suffix, part in inside: yield from leaves(part, path + suffix, (*_above, id(x)))
 
+# %% ../../nbs/data/08a_audit.ipynb #ae6135a3
 def _unequal(a, b) -> "tuple | None":
     "Index and both values where two leaves differ, () for whole leaves."
     if not isinstance(a, np.ndarray): return None if type(a) is type(b) and (a == b or a != a and b != b) else ((), a, b)
@@ -384,6 +395,7 @@ def _show(v, beside=None) -> str:
 ALLOWED = ("pert_type", "cell_line", "time_h", "dose_um", "batch", "plate", "well", "replicate", "donor",
            "n_cells")  # the design of an experiment
 
+# %% ../../nbs/data/08a_audit.ipynb #446c6482
 def _circle(rows: np.ndarray, stream) -> np.ndarray:
     "Each row gets another row of the same set: a random circle."
     order = stream.permutation(len(rows))
@@ -561,6 +573,7 @@ def audit_features(
                         "compute them without; if the model may read them, say so with forbidden=")
     return _feature_report(base, rows, list(dict.fromkeys(w for w, *_ in tests)), split)
 
+# %% ../../nbs/data/08a_audit.ipynb #7b62f6a7
 def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None") -> Audit:
     where = f"{len(rows)} treated rows" + (" outside train" if split is not None else "")
     claim = f"{base.shape[1]} features of {len(base)} rows stay equal, bit for bit, when the"
@@ -620,8 +633,10 @@ def audit_fit(
                          "it returns something stored: fit anew in each call")
     claim = f"what was fitted on {len(train)} training rows stays equal, bit for bit, when the other {len(rows)} rows"
     seen = tuple(f"{n} rows of part {p} may be seen" for p in may_see if p != "train" and (n := int(split.mask(a, p).sum())))
-    return Audit("the fit", (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change"), seen)
+    proved = (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change")
+    return Audit("the fit", proved, seen)
 
+# %% ../../nbs/data/08a_audit.ipynb #afe7bf48
 def _learns(fit, state, a, split, train, base, seed) -> bool:
     "Whether other training rows give another result."
     return any(_refitted(fit, state, _both_changed(a, train, how, rng(seed, "data.audit", "learns", how)), split,

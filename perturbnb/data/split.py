@@ -46,6 +46,7 @@ def split_hash(
     head = json.dumps([split.name, int(split.seed), split.params, list(split.notes)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(f"{head}\n{rows}".encode("utf-8", "surrogatepass")).hexdigest()
 
+# %% ../../nbs/data/08_split.ipynb #bdc6c719
 def make_split(
     name: str,  # the rule whose promise the table claims to keep
     table: "pd.DataFrame | pd.Series",  # index: names of observations; part, and stratum if there is one
@@ -86,6 +87,7 @@ def obs_of(
                          "call obs_names_make_unique() first")
     return obs
 
+# %% ../../nbs/data/08_split.ipynb #44d12e94
 @patch
 def sizes(self: Split) -> dict:
     "Number of observations in each part that has any."
@@ -120,6 +122,7 @@ def save(self: Split, path: "str | Path") -> Path:
     with atomic_file(path) as part: pq.write_table(table, part, write_page_checksum=True)
     return Path(path)
 
+# %% ../../nbs/data/08_split.ipynb #59170e80
 def load(
     path: "str | Path",  # what `save` wrote
 ) -> Split:  # the same split
@@ -230,6 +233,7 @@ def _prepared(data, controls: str) -> "tuple[pd.DataFrame, pd.Index]":
     if len(aside) == len(obs): raise InputError("controls alone", "treated rows to split", "look at pert_type")
     return obs.drop(index=aside), aside
 
+# %% ../../nbs/data/08_split.ipynb #be6b2ea7
 def split(
     name: str,  # a rule of SPLITS
     data: "AnnData | pd.DataFrame",  # the data or its obs: pert, pert_type, and what the rule needs
@@ -285,6 +289,7 @@ def _labels(obs: pd.DataFrame) -> pd.Series:
 
 _GENETIC = frozenset(t.name for t in PERT_TYPES if t.genes)
 
+# %% ../../nbs/data/08_split.ipynb #e38a3fee
 def _drugs(obs: pd.DataFrame, by: str = "structure") -> "tuple[pd.Series, tuple]":
     "Group of each row, by name and structure (genetic perturbations by their genes), and notes."
     genetic = obs["pert_type"].astype(object).isin(_GENETIC)
@@ -373,6 +378,7 @@ def _hold_pairs(pairs: pd.DataFrame, order: list, wanted: "dict[str, int]") -> p
                          "every drug and every line still in train", "hold out less")
     return pd.Series(part, index=pairs.index)
 
+# %% ../../nbs/data/08_split.ipynb #d74758e7
 @_register
 def pair(obs, seed, *, test=0.2, val=0.1, stratify="cell_line") -> Dealt:
     "Pairs of drug and cell line held out; every drug and every line is still trained on."

@@ -1,0 +1,354 @@
+"Splits and audits on random tables: each rule keeps its promise, hashes hold, and what is tampered with or leaks is refused."
+import dataclasses
+import itertools
+import json
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from scipy import sparse
+from sklearn.decomposition import PCA
+from sklearn.feature_selection import VarianceThreshold
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from perturbnb.core import ChangedFile, InputError
+from perturbnb.data.audit import PROMISES, LeakError, audit, audit_features, audit_fit, difference
+from perturbnb.data.drugs import structure_key
+from perturbnb.data.split import SPLITS, load, make_split, split
+
+SEEDS = range(5)
+CHEMICAL = {"pair": {}, "unseen_drug": {"stratify": "moa"}, "unseen_scaffold": {"test": 0.3}, "unseen_cell_line": {}, "grouped_well": {},
+            "unseen_both": dict(test_drugs=0.3, test_lines=0.3), "replicate_out": dict(by="batch"), "donor": dict(controls="split"), "random_rows": {}}
+GENETIC = {"unseen_gene": {}, "unseen_combo": {}, "gears": {}, "doubles": {}}
+BOTH = [(n, o, "drugs") for n, o in CHEMICAL.items()] + [(n, o, "genes") for n, o in GENETIC.items()]
+RINGS = ["c1ccccc1", "C1CCNCC1", "c1ccncc1", "c1ccoc1", "C1CCCC1", "c1ccsc1"]
+
+
+def drugs(seed: int) -> pd.DataFrame:
+    "About 20 drugs, some as salts of each other, some without structure, a part of all pairs with six lines, two plates, donors."
+    draw = np.random.default_rng(seed)
+    smiles = {f"d{i:02d}": f"{'C' * (1 + i % 5)}{RINGS[i % 6]}" if i < 15 else "C" * (i - 10) + "O" for i in range(18)}
+    smiles |= {"d00 hydrochloride": smiles["d00"] + ".Cl", "d03 (hydrate)": None, "lone": None, "D05 ": smiles["d05"]}
+    rows = [dict(pert=d, pert_type="compound", cell_line=f"L{k}", batch=f"p{b}", smiles=s, dose_um=1.0, replicate=str(b), donor=f"n{k % 4}")
+            for d, s in smiles.items() for k in range(6) for b in (1, 2, 3) if draw.random() < 0.8]
+    rows += [dict(pert="DMSO", pert_type="control", cell_line=f"L{k}", batch="p1", dose_um=0.0, replicate="1", donor=f"n{k % 4}") for k in range(6)]
+    table = pd.DataFrame(rows)
+    table["moa"] = table.pert.str.len().astype(str)
+    return table.set_axis([f"row{i:04d}" for i in draw.permutation(len(table))])
+
+
+def genes(seed: int) -> pd.DataFrame:
+    "Twelve genes alone and 30 pairs of them in either order, three cells each."
+    draw = np.random.default_rng(seed)
+    names = [f"G{i:02d}" for i in range(12)]
+    pairs = list(itertools.combinations(names, 2))
+    some = [pairs[i] for i in draw.choice(len(pairs), 30, replace=False)]
+    labels = names + ["+".join(p[:: draw.choice([1, -1])]) for p in some]
+    table = pd.DataFrame({"pert": labels * 3 + ["control"] * 6})
+    table["pert_type"] = np.where(table.pert == "control", "control", "crispra")
+    return table.set_axis([f"cell{i}" for i in draw.permutation(len(table))])
+
+
+TABLES = {"drugs": drugs, "genes": genes}
+
+
+def test_every_rule_is_tried_and_has_a_promise():
+    assert set(CHEMICAL) | set(GENETIC) == set(SPLITS) == set(PROMISES)
+
+
+@pytest.mark.parametrize("name,options,kind", BOTH)
+def test_rule_keeps_its_promise(name, options, kind):
+    for seed in SEEDS:
+        obs = TABLES[kind](seed)
+        s = split(name, obs, seed=seed, **options)
+        assert sorted(s.table.index) == sorted(obs.index) and s.table.index.is_monotonic_increasing
+        assert s.sizes()["train"] and s.sizes()["test"]
+        found = audit(s, ad.AnnData(np.zeros((len(obs), 1)), obs.astype({"pert": "category"})))
+        assert len(found.proved) >= 1 + bool(PROMISES[name]) and all(isinstance(line, str) for line in found.lines)
+
+
+@pytest.mark.parametrize("name,options,kind", BOTH)
+def test_hash_knows_neither_order_nor_other_columns(name, options, kind):
+    for seed in SEEDS:
+        obs = TABLES[kind](seed)
+        s = split(name, obs, seed=seed, **options)
+        other = obs.sample(frac=1, random_state=seed).assign(extra=range(len(obs)))[["extra", *obs.columns[::-1]]]
+        again = split(name, other.astype({"pert": "category", "pert_type": "category"}), seed=seed, **options)
+        assert again.hash == s.hash
+        pd.testing.assert_frame_equal(again.table, s.table)
+    assert len({split(name, obs, seed=i, **options).hash for i in range(6)}) > 1
+
+
+@pytest.mark.parametrize("name,options,kind", [b for b in BOTH if b[0] != "random_rows"])
+def test_one_row_on_the_other_side_is_caught(name, options, kind):
+    "A single row moved from test to train: its group is torn apart."
+    obs = TABLES[kind](0)
+    s = split(name, obs, seed=0, **options)
+    facet = {"unseen_cell_line": "cell_line", "replicate_out": "batch", "donor": "donor", "pair": ["pert", "cell_line"]}.get(name, "pert")
+    in_test = obs.loc[s.part("test")]
+    row = in_test.index[in_test.groupby(facet)["pert"].transform("size") > 1][0]
+    part = s.table.part.where(s.table.index != row, "train")
+    with pytest.raises(LeakError) as e: audit(make_split(name, s.table.assign(part=part), params=s.params), obs)
+    assert row in e.value.rows["row"].tolist() and "in two parts" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_promises_in_plain_pandas():
+    "The same promises without the audit's own code."
+    for seed in SEEDS:
+        obs, part = drugs(seed), {}
+        key = obs.smiles.map(structure_key).fillna(obs.pert.str.strip())
+        for name, o in CHEMICAL.items(): part[name] = split(name, obs, seed=seed, **o).table.part.reindex(obs.index)
+        sides = lambda name, values: [set(values[part[name] == p]) for p in ("train", "val", "test")]
+        for name, values in [("unseen_drug", key), ("unseen_scaffold", key), ("grouped_well", key), ("unseen_cell_line", obs.cell_line), ("unseen_both", key),
+                             ("unseen_both", obs.cell_line), ("pair", key + obs.cell_line), ("donor", obs.donor), ("replicate_out", obs.batch)]:
+            a, b, c = sides(name, values)
+            assert not (a & b or a & c or b & c) and a and c
+        for name in ("unseen_drug", "unseen_scaffold"): assert obs.pert[part[name] == "test"].isin(["d03", "d03 (hydrate)"]).sum() in (0, obs.pert.isin(["d03", "d03 (hydrate)"]).sum())
+        for values in (key, obs.cell_line):
+            train, _, test = sides("pair", values)
+            assert test <= train
+
+
+def test_fractions_are_kept():
+    obs = drugs(0)
+    for f in (0.1, 0.25, 0.5):
+        s = split("unseen_cell_line", obs, test=f, val=0)
+        assert obs.cell_line[s.part("test")].nunique() == max(1, int(6 * f + 0.5))
+        assert abs(split("random_rows", obs, test=f).sizes()["test"] - f * len(obs)) <= 0.5
+    wells = pd.DataFrame({"pert": [f"d{i}" for i in range(100)], "pert_type": "compound", "moa": ["x"] * 80 + ["y"] * 20}, index=[f"r{i:03d}" for i in range(100)])
+    for seed in SEEDS:
+        test = split("grouped_well", wells, seed=seed, test=0.2, val=0.1, stratify="moa").part("test")
+        assert wells.moa[test].value_counts().to_dict() == {"x": 16, "y": 4}
+
+
+def test_named_hold_outs_pull_their_group():
+    obs = drugs(1)
+    s = split("unseen_drug", obs, test=["D00"], val=["d05"])
+    assert set(obs.pert[s.part("test")]) == {"d00", "d00 hydrochloride"} and set(obs.pert[s.part("val")]) == {"d05", "D05 "}
+    with pytest.raises(InputError, match="both val and test"): split("unseen_drug", obs, test=["d05"], val=["D05"])
+    with pytest.raises(InputError, match="no drug 'd99'"): split("unseen_drug", obs, test=["d99"])
+
+
+def test_save_load_and_tamper(tmp_path):
+    s = split("unseen_drug", drugs(0), seed=3)
+    path = s.save(tmp_path / "deep" / "split.parquet")
+    again = load(path)
+    assert (again.hash, again.params, again.notes, again.seed, again.name) == (s.hash, s.params, s.notes, 3, "unseen_drug")
+    assert audit(again, drugs(0)).lines == audit(s, drugs(0)).lines
+    table = pq.read_table(path)
+    head = json.loads(table.schema.metadata[b"perturbnb_split"])
+    for change in ({"seed": 4}, {"name": "pair"}, {"params": {}}, {"notes": ["other"]}):
+        pq.write_table(table.replace_schema_metadata({"perturbnb_split": json.dumps(head | change)}), tmp_path / "t.parquet")
+        with pytest.raises(ChangedFile): load(tmp_path / "t.parquet")
+    frame = table.to_pandas()
+    frame.loc[0, "part"] = "val" if frame.loc[0, "part"] != "val" else "train"
+    import pyarrow as pa
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(table.schema.metadata), tmp_path / "t.parquet")
+    with pytest.raises(ChangedFile): load(tmp_path / "t.parquet")
+    raw = bytearray(path.read_bytes())
+    for at in range(4, len(raw) - 8, 97):
+        broken = raw.copy(); broken[at] ^= 0xFF
+        (tmp_path / "b.parquet").write_bytes(broken)
+        try: assert load(tmp_path / "b.parquet").hash == s.hash  # a byte that means nothing
+        except (InputError, ChangedFile): pass
+    with pytest.raises(InputError, match="was changed after"): dataclasses.replace(s, seed=9).save(tmp_path / "x.parquet")
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_hash_is_the_one_it_was():
+    "Golden values: a change of the dealing needs a word in the changelog."
+    obs = pd.DataFrame({"pert": [f"d{i}" for i in range(10)], "pert_type": "compound", "cell_line": list("ab") * 5}, index=[f"r{i}" for i in range(10)])
+    s = split("unseen_drug", obs, seed=1)
+    assert list(s.part("test")) == ["r4", "r5"] and s.hash == "13df24a5a3fd5e7f44aad0411fb62e232b340cbd744e092ae09cba4462d9436e"
+    labels = ["A", "B", "C", "D", "E", "A+B", "A+C", "A+D", "A+E", "B+C", "B+D", "B+E", "C+D"]
+    s = split("doubles", pd.DataFrame({"pert": labels, "pert_type": "crispra"}, index=labels), seed=1)
+    assert list(s.part("test")) == ["B+C", "B+D"] and s.hash == "c6784584c56af10bc55b1e59e1b841204f46517d2db7d7e6eeacac6deea35b8f"
+
+
+def test_clear_errors():
+    obs, one = drugs(0), pd.DataFrame({"pert": ["a"] * 4, "pert_type": "compound", "cell_line": "L"}, index=list("wxyz"))
+    for name, o, words in [("unseen_drug", {}, "1 drug group for train"), ("unseen_cell_line", {}, "1 cell line group"), ("donor", {}, "no column 'donor'"),
+                           ("unseen_scaffold", {}, "no column 'smiles'"), ("pair", {}, "too few pairs"), ("unseen_combo", {}, "no condition with two genes"),
+                           ("doubles", {}, "0 combinations"), ("unseen_drug", {"test": -1}, "test=-1"), ("unseen_drug", {"test": True}, "test=True"),
+                           ("unseen_drug", {"stratify": "mao"}, "no column 'mao'")]:
+        with pytest.raises(InputError, match=words.replace("(", r"\(")) as e: split(name, one, **o)
+        assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="a genetic perturbation"): split("unseen_drug", genes(0))
+    with pytest.raises(InputError, match="controls alone"): split("donor", obs[obs.pert_type == "control"])
+    with pytest.raises(InputError, match="no column 'pert_type'"): split("donor", obs.drop(columns="pert_type"))
+    with pytest.raises(InputError, match="no observation"): split("donor", obs[:0])
+    with pytest.raises(InputError, match="cannot be read"): split("unseen_drug", obs.assign(smiles="C1CC"))
+    with pytest.raises(InputError, match="a list"): split("donor", [1, 2])
+
+
+def test_strata_of_combinations_are_checked():
+    obs = genes(2)
+    for name in ("unseen_combo", "gears"):
+        s = split(name, obs, seed=1)
+        wrong = s.table.stratum.replace({"combo_seen2": "combo_seen1", "combo_seen1": "combo_seen2", "combo_seen0": "combo_seen2"})
+        with pytest.raises(LeakError, match="its genes make it"): audit(make_split(name, s.table.assign(stratum=wrong), params=s.params), obs)
+    s = split("doubles", obs)
+    one = obs.index[obs.pert == "G00"]
+    with pytest.raises(LeakError, match="single 'g00' is in test"): audit(make_split("doubles", s.table.assign(part=s.table.part.where(~s.table.index.isin(one), "test"))), obs)
+    s = split("unseen_gene", obs)
+    back = s.table.part.where(s.table.part != "test", "train")
+    back[obs.index[obs.pert == "G00"]] = "test"
+    with pytest.raises(LeakError): audit(make_split("unseen_gene", back), obs)
+
+
+def test_audit_needs_the_column_it_proves():
+    obs = drugs(0)
+    s = split("donor", obs)
+    with pytest.raises(InputError, match="no column for it"): audit(s, obs.drop(columns="donor"))
+    with pytest.raises(InputError, match="have no donor"): audit(s, obs.assign(donor=obs.donor.where(obs.index != s.part("test")[0])))
+    with pytest.raises(InputError, match="did you mean"): audit(make_split("unseen_drugs", s.table), obs)
+    seen = audit(split("unseen_drug", obs.drop(columns="smiles")), obs.drop(columns="smiles"))
+    assert any("by name alone" in line for line in seen.lines)
+    with pytest.raises(LeakError, match="d00 hydrochloride"):  # names passed, structures do not
+        named = split("unseen_cell_line", obs.assign(cell_line=obs.pert), test=["d00"], val=0)
+        audit(make_split("unseen_drug", named.table), obs)
+
+
+def test_audit_lines_fit_a_result(tmp_path):
+    from perturbnb.report.results import Result
+    obs = drugs(0)
+    s = split("unseen_drug", obs)
+    result = Result("page", {}, folder=tmp_path)
+    result.split(s.name, s.sizes(), audit(s, obs).lines, s.hash)
+    assert result.record["split"][0]["audit"][0].startswith("proved: each of")
+
+
+def screen(kind=np.asarray) -> ad.AnnData:
+    "40 cells, eight genes, five perturbations and controls, sorted by label; counts."
+    draw = np.random.default_rng(0)
+    obs = pd.DataFrame({"pert": np.repeat(["A", "B", "C", "D", "E", "control"], [8, 8, 7, 5, 6, 6])}).astype({"pert": "category"})
+    obs["condition"] = obs.pert.astype(str) + "_copy"
+    obs["pert_type"], obs["batch"] = np.where(obs.pert == "control", "control", "crispra"), list("xy") * 20
+    obs["moa"], obs["score"] = obs.pert.map(lambda p: "m1" if p in "AB" else None), draw.normal(size=40)
+    a = ad.AnnData(kind(draw.poisson(3.0, (40, 8)).astype(np.float32)), obs.set_axis([f"{p}_{i}" for i, p in enumerate(obs.pert)]))
+    a.layers["counts"] = a.X.copy()
+    a.obsm["X_pca"] = PCA(2, svd_solver="full").fit_transform(np.log1p(a.layers["counts"].toarray() if sparse.issparse(a.X) else a.X))
+    return a
+
+
+dense = lambda x: x.toarray() if sparse.issparse(x) else np.asarray(x)
+treated = lambda a: (a.obs.pert_type != "control").to_numpy()
+GOOD = {"reverse": (lambda a: np.log1p(dense(a.X)), "labels"), "reverse minus control": (lambda a: dense(a.X) - dense(a.X)[~treated(a)].mean(0), "labels"),
+        "forward names": (lambda a: pd.get_dummies(a.obs.pert.astype(str)).astype(float), "X"), "batch": (lambda a: pd.get_dummies(a.obs.batch), ("labels", "X")),
+        "control mean": (lambda a: np.tile(dense(a.X)[~treated(a)].mean(0), (a.n_obs, 1)), ("labels", "X")), "sparse": (lambda a: sparse.csr_matrix(a.X), "labels"),
+        "zeros": (lambda a: np.zeros((a.n_obs, 3)), ("labels", "X"))}
+LEAKY = {"target mean": (lambda a: np.tile(dense(a.X)[treated(a)].mean(0), (a.n_obs, 1)), "X"),
+         "target maximum": (lambda a: np.full(a.n_obs, dense(a.X)[treated(a)].max()), "X"),
+         "layer": (lambda a: dense(a.layers["counts"]), "X"), "embedding": (lambda a: a.obsm["X_pca"], "X"),
+         "library size": (lambda a: dense(a.X).sum(1), "X"),
+         "mean of the class": (lambda a: a.to_df().groupby(a.obs.pert.astype(str)).transform("mean").to_numpy(), "labels"),
+         "order of labels": (lambda a: np.argsort(np.argsort(a.obs.pert.astype(str), kind="stable")), "labels"),
+         "codes": (lambda a: a.obs.pert.astype("category").cat.codes, "labels"), "copy": (lambda a: a.obs.condition.str.len().to_numpy(), "labels"),
+         "counts of labels": (lambda a: a.obs.pert.astype(str).map(a.obs.pert.astype(str).value_counts()).to_numpy(), "labels"),
+         "number of labels": (lambda a: np.full(a.n_obs, a.obs.pert.nunique()), "labels"),
+         "missing label": (lambda a: a.obs.moa.isna().to_numpy(), "labels"), "target score": (lambda a: a.obs.score.to_numpy(), ("score",)),
+         "name": (lambda a: [ord(n[0]) for n in a.obs_names], "labels"), "row number": (lambda a: np.c_[dense(a.X), np.arange(a.n_obs)], "labels")}
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix])
+@pytest.mark.parametrize("name", GOOD)
+def test_honest_features_pass(name, kind):
+    builder, forbidden = GOOD[name]
+    for seed in range(3): assert audit_features(builder, screen(kind), forbidden=forbidden, seed=seed).proved
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix])
+@pytest.mark.parametrize("name", LEAKY)
+def test_leaky_features_are_caught(name, kind):
+    builder, forbidden = LEAKY[name]
+    for seed in range(3):
+        with pytest.raises(LeakError) as e: audit_features(builder, screen(kind), forbidden=forbidden, seed=seed)
+        assert "\n" not in str(e.value)
+
+
+def test_a_builder_that_learns_from_train_passes_with_the_split_alone():
+    a = screen()
+    s = split("unseen_combo", a.obs.assign(pert=a.obs.pert.astype(str).replace({"D": "A+B", "E": "B+C"})), test=0.5, val=0)
+    encode = lambda b: dense(b.X)[s.mask(a, "train")].mean(0) + np.zeros((b.n_obs, 8))
+    assert audit_features(encode, a, split=s, forbidden="X").proved
+    with pytest.raises(LeakError): audit_features(encode, a, forbidden="X")
+    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[treated(a)].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+
+
+def test_builders_that_hide_something():
+    a, memory, calls = screen(), {}, itertools.count()
+    leak = lambda b: b.obs.pert.astype(str).map(ord_first).to_numpy()
+    ord_first = lambda p: ord(p[0])
+    for key in (id, lambda b: tuple(b.obs_names), lambda b: b.shape, lambda b: 0):
+        memory.clear()
+        with pytest.raises(LeakError): audit_features(lambda b: memory.setdefault(key(b), leak(b)), a, forbidden="labels")
+    for bad, words in [(lambda b: np.full(b.n_obs, next(calls)), "not deterministic"), (lambda b: np.random.normal(size=b.n_obs), "not deterministic"),
+                       (lambda b: [b.obs.insert(0, "new", 1), b.X][1], "changes its input"), (lambda b: [b.X.__setitem__((0, 0), 99), b.X][1], "changes its input"),
+                       (lambda b: b.obs[["score"]][::-1], "index is not obs_names"), (lambda b: b.X[:3], "features of shape")]:
+        with pytest.raises(InputError, match=words) as e: audit_features(bad, a)
+        assert not isinstance(e.value, LeakError)
+    with pytest.raises(InputError, match="'scroe' among the forbidden"): audit_features(GOOD["zeros"][0], a, forbidden=("scroe",))
+    with pytest.raises(InputError, match="something to change"): audit_features(GOOD["zeros"][0], a, forbidden=())
+
+
+@dataclasses.dataclass
+class Kept:
+    genes: list
+    table: pd.DataFrame
+
+
+X = lambda a, s=None: dense(a.X) if s is None else dense(a.X)[s.mask(a, "train")]
+HONEST_FIT = {"scaler": lambda a, s: StandardScaler().fit(X(a, s)), "pca": lambda a, s: PCA(2, svd_solver="full").fit(X(a, s)),
+              "dataclass": lambda a, s: Kept(list(np.argsort(-X(a, s).var(0))[:3]), a.to_df()[s.mask(a, "train")].describe()),
+              "closure": lambda a, s: (lambda mean: lambda x: x - mean)(X(a, s).mean(0)),
+              "minus control": lambda a, s: X(a, s).mean(0) - X(a)[~treated(a)].mean(0),
+              "torch": lambda a, s: torch_linear(X(a, s).mean(0)), "encoder": lambda a, s: OneHotEncoder().fit(a.obs.loc[s.mask(a, "train"), ["pert"]].astype(str))}
+LEAKY_FIT = {"scaler": lambda a, s: StandardScaler().fit(X(a)), "pca": lambda a, s: PCA(2, svd_solver="full").fit(X(a)),
+             "genes": lambda a, s: VarianceThreshold(np.median(X(a).var(0))).fit(X(a)).get_support(),
+             "target encoding": lambda a, s: a.to_df().groupby(a.obs.pert.astype(str)).mean(), "closure": lambda a, s: (lambda mean: lambda x: x - mean)(X(a).mean(0)),
+             "rows": lambda a, s: {"mean": X(a, s).mean(0), "alpha": 1 / a.n_obs}, "classes": lambda a, s: sorted(a.obs.pert.astype(str).unique()),
+             "torch": lambda a, s: torch_linear(X(a).mean(0)), "test too": lambda a, s: StandardScaler().fit(X(a)[s.mask(a, "train") | s.mask(a, "test")]),
+             "encoder": lambda a, s: OneHotEncoder().fit(a.obs[["pert"]].astype(str))}
+
+
+def torch_linear(w):
+    import torch
+    layer = torch.nn.Linear(len(w), 1)
+    layer.load_state_dict({"weight": torch.as_tensor(np.asarray(w), dtype=torch.float32)[None], "bias": torch.zeros(1)})
+    return layer
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix])
+def test_fits(kind):
+    a = screen(kind)
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    for name, fit in HONEST_FIT.items(): assert len(audit_fit(fit, a, s).proved) == 2, name
+    for name, fit in LEAKY_FIT.items():
+        with pytest.raises(LeakError) as e: audit_fit(fit, a, s)
+        assert "depends on rows outside train and control" in str(e.value) and "\n" not in str(e.value), name
+    assert audit_fit(lambda a, s: StandardScaler().fit(X(a, s)), a, s, state=lambda f: f.transform(np.ones((1, 8)))).proved
+
+
+def test_fits_that_hide_something():
+    a, memory = screen(), {}
+    s = split("unseen_gene", a.obs, seed=0, test=0.2, val=0.2)
+    honest = HONEST_FIT["scaler"]
+    with pytest.raises(InputError, match="does not change when the training rows change"): audit_fit(lambda b, s: memory.setdefault(tuple(b.obs_names)[:3], honest(b, s)), a, s)
+    with pytest.raises(InputError, match="not deterministic"): audit_fit(lambda b, s: np.random.normal(size=3), a, s)
+    with pytest.raises(LeakError, match="outside train and control"): audit_fit(lambda b, s: X(b)[s.mask(b, "train") | s.mask(b, "val")].mean(0), a, s)
+    assert audit_fit(lambda b, s: X(b)[s.mask(b, "train") | s.mask(b, "val")].mean(0), a, s, may_see=("train", "val", "control")).proved
+
+
+def test_difference_looks_inside():
+    make = lambda: {"a": [np.arange(3), {"b": pd.DataFrame({"x": [1.0, np.nan]})}], "f": (lambda y: lambda x: x + y)(2), "s": {1, 2}}
+    assert difference(make(), make()) is None
+    circle = make(); circle["me"] = circle
+    again = make(); again["me"] = again
+    assert difference(circle, again) is None
+    assert difference({"f": (lambda y: lambda x: x + y)(2)}, {"f": (lambda y: lambda x: x + y)(3)})
+    assert difference(np.float32(1), np.float64(1)) and difference(np.zeros(2), np.zeros(3)) and difference([1], [1, 2]) and difference(None, 0)
+    assert difference(np.random.default_rng(0), np.random.default_rng(1)) and difference(np.random.default_rng(0), np.random.default_rng(0)) is None
+    assert difference(sparse.csr_matrix(np.eye(2)), sparse.csr_matrix(np.ones((2, 2)))) and difference(sparse.csr_matrix(np.eye(2)), sparse.csr_matrix(np.eye(2))) is None
+
