@@ -8,7 +8,7 @@ __all__ = ['LEFT_OUT', 'ON_RANKING', 'checked_relevance', 'Ranking', 'rank_relev
            'reciprocal_rank', 'first_rank', 'median_rank', 'metrics_at', 'Retrieval', 'chosen', 'measured', 'evaluate']
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #1435eb0a
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Callable
 
 import numpy as np
@@ -53,43 +53,46 @@ class Ranking:
     best_grade: np.ndarray  # and its grade
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #a331ac82
-def _borders(scores: np.ndarray, q: np.ndarray, p: np.ndarray) -> tuple:
-    "First place of the run of each entry (q, p) of a sorted table, and the place after its last."
-    start, end, n = p.copy(), p + 1, scores.shape[1]
-    s = scores[q, p]
-    tied = ((p > 0) & (scores[q, np.maximum(p - 1, 0)] == s)) | ((p < n - 1) & (scores[q, np.minimum(p + 1, n - 1)] == s))
-    if not tied.any(): return start, end
-    rows, where = np.unique(q[tied], return_inverse=True)
-    new = np.ones((len(rows), n + 1), bool)
-    new[:, 1:-1] = scores[rows, 1:] != scores[rows, :-1]
-    first = np.maximum.accumulate(np.where(new, np.arange(n + 1), 0), axis=1)
-    last = np.minimum.accumulate(np.where(new, np.arange(n + 1), n)[:, ::-1], axis=1)[:, ::-1]
-    start[tied], end[tied] = first[where, p[tied]], last[where, p[tied] + 1]
+def _below(rows: np.ndarray, q: np.ndarray, value: np.ndarray, or_equal: bool) -> np.ndarray:
+    "How many numbers of the ascending row q are below each value (or equal to it)."
+    low, high, flat = np.zeros(len(q), int), np.full(len(q), rows.shape[1]), rows.ravel()
+    at = q * rows.shape[1]
+    for _ in range(rows.shape[1].bit_length()):
+        middle = (low + high) // 2
+        x = flat[at + np.minimum(middle, rows.shape[1] - 1)]
+        up = ((x <= value) if or_equal else (x < value)) & (low < high)
+        low, high = np.where(up, middle + 1, low), np.where(up, high, middle)
+    return low
+
+def _borders(rows: np.ndarray, q: np.ndarray, value: np.ndarray) -> tuple:
+    "Numbers of the ascending row q that are below each value, and that are below or equal."
+    start = _below(rows, q, value, False)
+    end, n = start + 1, rows.shape[1]
+    tied = np.flatnonzero((end < n) & (rows[q, np.minimum(end, n - 1)] == value))
+    end[tied] = _below(rows, q[tied], value[tied], True)
     return start, end
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #294fe403
-def _ideal(q: np.ndarray, grade: np.ndarray, n_relevant: np.ndarray) -> tuple:
+def _best(q: np.ndarray, grade: np.ndarray, n_relevant: np.ndarray) -> tuple:
     "The right candidates by query, best grade first: query, rank, grade."
     order = np.lexsort((-grade, q)) if grade.size and grade.min() < grade.max() else slice(None)
-    start = np.cumsum(n_relevant) - n_relevant
-    return q, np.arange(len(q)) - start[q] + 1, grade[order]
+    return q, np.arange(len(q)) - (np.cumsum(n_relevant) - n_relevant)[q] + 1, grade[order]
 
-def _ranking_of_sorted(scores: np.ndarray, grades: np.ndarray) -> Ranking:
-    "The ranking of a table whose rows are sorted by score, best first."
-    n, flat = scores.shape[1], np.flatnonzero(grades > 0)
-    q, p = np.divmod(flat, max(n, 1))
-    grade, (start, end) = grades.ravel()[flat].astype(float), _borders(scores, q, p)
-    n_candidates, above, until, out = np.full(len(scores), n), start, end, grades == LEFT_OUT
-    if out.any():  # count candidates, not places
-        count = np.zeros((len(scores), n + 1), np.int32)
-        np.cumsum(~out, axis=1, dtype=np.int32, out=count[:, 1:])
-        n_candidates, above, until = count[:, -1], count[q, start], count[q, end]
+def _ranking(negative: np.ndarray, grades: np.ndarray) -> Ranking:
+    "The ranking from negative scores, which are overwritten, and relevance."
+    n_queries, n = negative.shape
+    flat, out = np.flatnonzero(grades > 0), grades == LEFT_OUT
+    q, value, grade, n_candidates = flat // n, negative.ravel()[flat], grades.ravel()[flat].astype(float), np.full(n_queries, n)
+    if out.any(): negative[out], n_candidates = np.inf, n - np.count_nonzero(out, axis=1)
+    negative.sort(axis=1)
+    start, end = _borders(negative, q, value)
+    order = np.argsort(q * (n + 1) + start)
+    start, end, n_relevant = start[order], end[order], np.bincount(q, minlength=n_queries)
     new = np.diff(q * (n + 1) + start, prepend=-1) != 0
-    run, n_relevant = np.cumsum(new) - 1, np.bincount(q, minlength=len(scores))
-    total = lambda x: np.bincount(run, x, minlength=int(new.sum()))
-    first = np.cumsum(n_relevant) - n_relevant
-    return Ranking(q[new], above[new], (until - above)[new], total(None), np.flatnonzero(new) - first[q[new]], total(grade), total(2.0 ** grade - 1),
-                   n_candidates, n_relevant, *_ideal(q, grade, n_relevant))
+    total = lambda x: np.bincount(np.cumsum(new) - 1, x, minlength=int(new.sum()))
+    before = np.flatnonzero(new) - (np.cumsum(n_relevant) - n_relevant)[q[new]]
+    return Ranking(q[new], start[new], (end - start)[new], total(None), before, total(grade[order]), total(2.0 ** grade[order] - 1),
+                   n_candidates, n_relevant, *_best(q, grade, n_relevant))
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #469d3ecf
 def rank_relevant(
@@ -99,9 +102,7 @@ def rank_relevant(
     "Sort the candidates of each query and note where the right ones are."
     y = checked_relevance(relevance, np.shape(scores))
     out = y == LEFT_OUT
-    s = checked(np.where(out, 0.0, scores) if out.any() else scores, "scores", "candidates")
-    order = np.argsort(-s, axis=1)
-    return _ranking_of_sorted(np.take_along_axis(s, order, 1), np.take_along_axis(y, order, 1))
+    return _ranking(-checked(np.where(out, 0.0, scores) if out.any() else scores, "scores", "candidates"), y)
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #bc016ba7
 def chance_ranking(
@@ -113,6 +114,14 @@ def chance_ranking(
     zero = np.zeros(len(q), int)
     return Ranking(q, zero, r.n_candidates[q], r.n_relevant[q], zero, total(r.linear), total(r.exponential), r.n_candidates, r.n_relevant,
                    r.best_query, r.best_rank, r.best_grade)
+
+# %% ../../nbs/metrics/04_retrieval.ipynb #d3973f57
+def _joined(parts: list) -> Ranking:
+    "Rankings of blocks of queries as one."
+    if len(parts) == 1: return parts[0]
+    shift = np.cumsum([0, *(len(r.n_relevant) for r in parts[:-1])])
+    moved = lambda name: np.concatenate([getattr(r, name) + (s if name in ("query", "best_query") else 0) for r, s in zip(parts, shift)])
+    return Ranking(*(moved(f.name) for f in fields(Ranking)))
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #a932b8e3
 def _sum(r: Ranking, x: np.ndarray) -> np.ndarray: return np.bincount(r.query, x, minlength=len(r.n_relevant))
@@ -358,14 +367,24 @@ def chosen(
     if not ids: raise InputError("no metric", "at least one id", "see metric_table('retrieval')")
     return ids
 
+def _perfect(counts: np.ndarray) -> Ranking:
+    "Queries with these numbers of right candidates (grade 1) and of candidates, the right ones first."
+    n = counts[:, 0]
+    q = np.repeat(np.arange(len(n)), n)
+    rank = np.arange(len(q)) - (np.cumsum(n) - n)[q] + 1
+    one = np.ones(len(q), int)
+    return Ranking(q, rank - 1, one, one, rank - 1, one, one, counts[:, 1], n, q, rank, one)
+
 def measured(
     r: Ranking,  # where the right candidates stand
     ids: "Sequence[str]",  # from `chosen`
 ) -> tuple:  # (values, chance, counts): arrays, queries by ids and queries by 2
     "Every metric of a ranking, and of chance."
-    c = chance_ranking(r)
     columns = lambda x: np.array([ON_RANKING[i](x) for i in ids]).T.reshape(len(x.n_relevant), len(ids))
-    return columns(r), columns(c), np.c_[r.n_relevant, r.n_candidates]
+    counts = np.c_[r.n_relevant, r.n_candidates]
+    if not (r.best_grade == 1).all(): return columns(r), columns(chance_ranking(r)), counts
+    kinds, where = np.unique(counts, axis=0, return_inverse=True)  # without grades chance depends on the counts alone
+    return columns(r), columns(chance_ranking(_perfect(kinds)))[where.ravel()], counts
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #4f6ae9f4
 def _retrieval(values: np.ndarray, chance: np.ndarray, counts: np.ndarray, ids: list, index) -> Retrieval:

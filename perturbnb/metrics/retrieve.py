@@ -13,7 +13,7 @@ import numpy as np
 from ..core import InputError, nearest
 from .registry import checked
 from .relevance import Relevance
-from .retrieval import LEFT_OUT, Retrieval, _ranking_of_sorted, _retrieval, checked_relevance, chosen, measured
+from .retrieval import LEFT_OUT, Retrieval, _joined, _ranking, _retrieval, checked_relevance, chosen, measured
 
 # %% ../../nbs/metrics/04b_retrieve.ipynb #0bb22a80
 SIMILARITIES = ("cosine", "pearson", "dot", "neg_l2")
@@ -25,9 +25,9 @@ def _directions(x: np.ndarray) -> np.ndarray:
 
 def _centred(x: np.ndarray) -> np.ndarray:
     "Rows minus their mean; a row that is constant up to rounding becomes zeros."
-    size = np.abs(x).max(1, keepdims=True)
-    x = x - x.mean(1, keepdims=True)
-    x[np.abs(x).max(1) <= 8 * np.finfo(x.dtype).eps * size[:, 0]] = 0
+    mean = x.mean(1, keepdims=True)
+    x = x - mean
+    x[np.maximum(x.max(1), -x.min(1)) <= 8 * np.finfo(x.dtype).eps * np.abs(mean[:, 0])] = 0
     return x
 
 def _library(candidates: np.ndarray, similarity: str, dtype) -> tuple:
@@ -52,6 +52,7 @@ def _distinct(candidates: np.ndarray) -> "tuple | None":
 def _codes(pair: tuple, shape: tuple, name: str) -> tuple:
     "Class numbers of queries and candidates, checked."
     a, b = (np.asarray(x) for x in pair)
+    if all(x.dtype.kind in "iu" and x.size and x.max() < 2 ** 31 and x.min() >= -1 for x in (a, b)): a, b = a.astype(np.int32), b.astype(np.int32)
     for x, n, which in ((a, shape[0], "queries"), (b, shape[1], "candidates")):
         if x.shape != (n,) or (n and x.dtype.kind not in "iu"):
             raise InputError(f"{name} with {x.dtype} of shape {x.shape} for the {which}", f"{n} whole numbers", "number the classes, -1 for unknown")
@@ -112,13 +113,13 @@ def retrieve(
 ) -> Retrieval:  # values, chance and counts, query by query
     "Search every query among the candidates and score the lists, in one pass."
     shape, score = _checked_search(queries, candidates, similarity, block, dtype)
-    ids, right, parts = chosen(metrics, k), _blocks_of(relevance, shape), []
+    ids, right, parts, done = chosen(metrics, k), _blocks_of(relevance, shape), [], []
     groups = None if apart is None else _codes(apart, shape, "apart")
     for i in range(0, max(shape[0], 1), block):
         j = min(i + block, shape[0])
         s, y = score(queries[i:j]), right(i, j)
         if not np.isfinite(s).all(): raise InputError(f"scores of query {i + np.argwhere(~np.isfinite(s))[0][0]} that are not finite", "finite profiles of moderate size", "drop the query for all models alike, or mend it")
         if groups is not None: y = np.where((groups[0][i:j, None] == groups[1]) & (groups[0][i:j, None] >= 0), LEFT_OUT, y)
-        order = np.argsort(s, axis=1)
-        parts.append(measured(_ranking_of_sorted(np.take_along_axis(s, order, 1), np.take_along_axis(y, order, 1)), ids))
-    return _retrieval(*(np.concatenate(x) for x in zip(*parts)), ids, index)
+        parts.append(_ranking(s, y))
+        if j == shape[0] or sum(len(r.query) for r in parts) > 500_000: done, parts = [*done, measured(_joined(parts), ids)], []
+    return _retrieval(*(np.concatenate(x) for x in zip(*done)), ids, index)
