@@ -1,4 +1,4 @@
-"""Coverage of every interval of perturbnb.metrics.uncertainty on simulated data with a known truth -> coverage.md.
+"""Coverage of the intervals of perturbnb.metrics.uncertainty, ceiling and calibration on simulated data with a known truth -> coverage.md.
 
 Run from the root of a clone: python benchmarks/coverage.py   (a few minutes on one core; no data needed)
 """
@@ -9,6 +9,9 @@ import numpy as np
 import pandas as pd
 
 from perturbnb.core import rng
+from perturbnb.metrics.calibration import calibrate
+from perturbnb.metrics.ceiling import ceiling, screen
+from perturbnb.metrics.registry import Metric
 from perturbnb.metrics.uncertainty import METHODS, bootstrap, coverage_of, mean_interval, over_seeds, permutation_test, simulate_crossed, simulate_groups
 
 REPEATS, DRAWS = 2000, 2000
@@ -84,6 +87,46 @@ def false_alarms(repeats: int = 2000) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def noise_screen(seed: int, together: float, strength: float = 0.0, n_perts: int = 12, n_cells: int = 30, n_control: int = 60, n_genes: int = 40):
+    "Cells of perturbations whose effects have the given strength, in units of the noise of a cell; genes share two factors of size `together`."
+    gen = rng(seed, "benchmarks.coverage.screen", f"{together} {strength} {n_control}")
+    pert = np.repeat(["control", *(f"P{i:02}" for i in range(n_perts))], [n_control, *[n_cells] * n_perts])
+    x = gen.standard_normal((len(pert), n_genes)) + together * gen.standard_normal((len(pert), 2)) @ gen.standard_normal((2, n_genes))
+    return screen(x + np.vstack([np.zeros((n_control, n_genes)), np.repeat(strength * gen.standard_normal((n_perts, n_genes)), n_cells, 0)]), pert, "control")
+
+
+def noise_ceilings(repeats: int = 400) -> pd.DataFrame:
+    "Ceilings of screens without any effect, 10 splits."
+    rows = {}
+    for together in (0.0, .5, 1.0):
+        for n_control in (30, 120):
+            found = [ceiling(noise_screen(i, together, n_control=n_control), n_splits=10, n_boot=300).r for i in range(repeats)]
+            rows[f"genes together {together}, {n_control} control cells"] = {
+                "interval holds 0": 100 * np.mean([e.low <= 0 <= e.high for e in found]), "claims a signal": 100 * np.mean([e.low > 0 for e in found]),
+                "mean r x 100": 100 * np.mean([e.value for e in found])}
+    return pd.DataFrame(rows).T
+
+
+def correlation(real, pred):
+    a, b = (x - x.mean(1, keepdims=True) for x in (real, pred))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.where(size > 1e-12, (a * b).sum(1) / np.where(size > 0, size, 1), np.nan)
+
+
+def claims(repeats: int = 400) -> pd.DataFrame:
+    "Percent of screens in which a metric is said to tell signal from noise; technical | interpolated duplicate."
+    about = dict(kind="effect", formula="x", unit="none", undefined="a constant row", source="benchmarks")
+    toys = [Metric("squared_error@1", lambda r, p: ((r - p)**2).mean(1), low=0, high=np.inf, better="lower", null=None, **about),
+            Metric("correlation@1", correlation, low=-1, high=1, better="higher", null=0.0, **about)]
+    rows = {}
+    for strength in (0.0, .25, .5, 1.0):
+        for together in (0.0, .5, 1.0):
+            found = pd.concat([calibrate(noise_screen(i, together, strength), toys, n_splits=5, n_boot=300).verdicts for i in range(repeats if strength == 0 else repeats // 8)])
+            yes = found.assign(yes=100.0 * (found.verdict == "yes")).groupby(["metric", "positive"]).yes.mean()
+            rows[f"effect {strength}, genes together {together}"] = {f"{m.split('@')[0]}, {p.split()[0]}": v for (m, p), v in yes.items()}
+    return pd.DataFrame(rows).T
+
+
 def markdown(table: pd.DataFrame) -> str:
     head = ["setting", *table.columns]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -97,8 +140,10 @@ def main():
         ("Drugs crossed with lines, micro", f"{REPEATS:,} data sets, 1,000 draws; the shares are of the variance.", crossed()),
         ("Statistics of a whole table", "1,000 data sets, 500 draws.", whole_table()),
         ("Over seeds", "1,000 data sets of 40 rows.", seeds()),
-        ("False alarms of the sign-flip test at 0.05, percent", "2,000 data sets without a difference. With 6 units the smallest p is 2/64 = 0.031; the log-normal case breaks the assumption of symmetry.", false_alarms())]
-    text = ["# Coverage of the intervals of `metrics.uncertainty`", "",
+        ("False alarms of the sign-flip test at 0.05, percent", "2,000 data sets without a difference. With 6 units the smallest p is 2/64 = 0.031; the log-normal case breaks the assumption of symmetry.", false_alarms()),
+        ("Ceilings of pure noise", "400 screens of 12 perturbations, 30 cells each, 40 genes, without any effect; interval over perturbations and control cells.", noise_ceilings()),
+        ("Verdicts of `metrics.calibration`: percent of screens with a yes", "Screens as above with 60 control cells; 400 without effects, 50 with effects of the given size (unit: noise of one cell). The first three rows are false claims.", claims())]
+    text = ["# Coverage of the intervals of `metrics.uncertainty`, `ceiling` and `calibration`", "",
             "Percent of simulated data sets whose nominal 95 % interval holds the known truth. With 2,000 data sets one standard error is 0.5 points.",
             f"Made by `python benchmarks/coverage.py` (NumPy {np.__version__}, Python {platform.python_version()}). The default method is `wider`.", ""]
     for title, words, table in parts: text += [f"## {title}", "", words, "", markdown(table), ""]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_GROUPS', 'FEW_GROUPS', 'AVERAGES', 'METHODS', 'ADJUST', 'Estimate', 'metric_record', 'comparison_record',
            'mean_interval', 'simulate_groups', 'coverage_of', 'simulate_crossed', 'permutation_test',
-           'paired_difference', 'adjust_p', 'compare_all', 'bootstrap', 'ratio_interval', 'OverSeeds', 'over_seeds',
-           'widened']
+           'paired_difference', 'adjust_p', 'compare_all', 'bootstrap', 'ratio_interval', 'widened', 'OverSeeds',
+           'over_seeds']
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #77a62279
 from dataclasses import dataclass, replace
@@ -532,6 +532,18 @@ def ratio_interval(
     value, low, high = _one_way(_totals(a[:, None], code), _totals(b[:, None], code), level, n_boot, seed, method)
     return Estimate(float(value[0]), float(low[0]), float(high[0]), note=_note(groups_n, True), **about)
 
+# %% ../../nbs/metrics/06_uncertainty.ipynb #02dfd64b
+def widened(
+    est: Estimate,  # an estimate with its interval over rows
+    error: float,  # standard error of the second source
+    df: float = np.inf,  # degrees of freedom of that error
+) -> Estimate:  # the same value, a wider interval, no p
+    "An interval with a second, independent source of error added; an estimate without an interval stays as it is."
+    if est.low != est.low: return est
+    if not error >= 0: raise InputError(f"a standard error of {error}", "0 or more", "see where it comes from")
+    reach = (_student(est.level, df) if np.isfinite(df) else _student(est.level, 1e9)) * error
+    return replace(est, low=est.value - np.hypot(est.value - est.low, reach), high=est.value + np.hypot(est.high - est.value, reach), p=np.nan, test="", method=f"{est.method}, second error added")
+
 # %% ../../nbs/metrics/06_uncertainty.ipynb #3c0002d2
 class OverSeeds(NamedTuple):
     these: Estimate  # interval for these trained models on other perturbations
@@ -564,8 +576,7 @@ def over_seeds(
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #8e09728b
 def _over_seeds(these: Estimate, d: pd.DataFrame, groups, average: str) -> OverSeeds:
-    "Adds the variance of the seeds."
-    from scipy.special import stdtr
+    "Adds the error of the seeds."
     codes = _codes(groups, d.index, True)
     if len(codes) > 1: raise InputError("two groupings with seeds", "one or none", "take the grouping with fewer groups")
     have = d.notna().all(axis=1).to_numpy()
@@ -575,22 +586,5 @@ def _over_seeds(these: Estimate, d: pd.DataFrame, groups, average: str) -> OverS
     s = len(by_seed)
     if s < 2 or these.low != these.low:
         return OverSeeds(these, replace(these, low=np.nan, high=np.nan, p=np.nan, note=these.note or "no interval for new seeds: one seed has no spread"), float(by_seed.std()), by_seed)
-    half = _one_way(*(_totals(x[:, None], codes[0] if codes else np.arange(len(w))) for x in (w * d[have].to_numpy().mean(1), w)), these.level, 100, 0, "jackknife_t")
-    rows_v, seeds_v = float(((half[2] - half[0]) / _student(these.level, these.n_groups - 1))[0])**2, by_seed.var() / s
-    v = rows_v + seeds_v
-    df = v**2 / (rows_v**2 / (these.n_groups - 1) + seeds_v**2 / (s - 1)) if v > 0 else 1.0
-    reach = _student(these.level, df) * np.sqrt(v)
-    p = np.nan if these.p != these.p else float(2 * stdtr(df, -abs(these.value) / np.sqrt(v))) if v > 0 else float(these.value == 0)
-    new = replace(these, low=min(these.low, these.value - reach), high=max(these.high, these.value + reach), p=p, test=f"t, {df:.1f} degrees of freedom", method=f"rows and {s} seeds")
-    return OverSeeds(these, new, float(by_seed.std()), by_seed)
-
-# %% ../../nbs/metrics/06_uncertainty.ipynb #02dfd64b
-def widened(
-    est: Estimate,  # an estimate with its interval over rows
-    error: float,  # standard error of the second source
-    df: float = np.inf,  # degrees of freedom of that error
-) -> Estimate:  # the same value, a wider interval, no p
-    "An interval with a second, independent source of error added."
-    if not error >= 0: raise InputError(f"a standard error of {error}", "0 or more", "see where it comes from")
-    reach = (_student(est.level, df) if np.isfinite(df) else _student(est.level, 1e9)) * error
-    return replace(est, low=est.value - np.hypot(est.value - est.low, reach), high=est.value + np.hypot(est.high - est.value, reach), p=np.nan, test="", method=f"{est.method}, second error added")
+    new = widened(these, by_seed.std() / np.sqrt(s), s - 1)
+    return OverSeeds(these, replace(new, method=f"rows and {s} seeds"), float(by_seed.std()), by_seed)
