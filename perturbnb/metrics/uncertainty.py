@@ -244,7 +244,9 @@ def _estimate(v: np.ndarray, codes: list, average, level, n_boot, seed, method, 
         code = codes[0] if codes else np.arange(len(v))
         low, high = (e[0] for e in _one_way(_totals((w * v)[:, None], code), _totals(w[:, None], code), level, n_boot, seed, method)[1:])
     if not np.isfinite([low, high]).all() or max(value - low, high - value) > 10 * np.ptp(v):
-        return Estimate(value, np.nan, np.nan, note=f"no interval: with {groups} independent units too many draws repeat a few rows", **about)
+        if groups < FEW_GROUPS: return Estimate(value, np.nan, np.nan, note=f"no interval: with {groups} independent units too many draws repeat a few rows", **about)
+        plain = _estimate(v, codes, average, level, n_boot, seed, "jackknife_t", **counts)
+        return replace(plain, note="nearly all values are equal, so draws break down: t interval from the jackknife, likely too narrow on the side of the rare values")
     return Estimate(value, float(low), float(high), note=_note(groups, spread), **about)
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #569e083a
