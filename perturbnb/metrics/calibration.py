@@ -34,7 +34,8 @@ def _found(metrics) -> list:
     "Entries of the registry by id, or entries as they are."
     found = [m if isinstance(m, Metric) else find_metric(m) for m in ([metrics] if isinstance(metrics, (str, Metric)) else metrics)]
     if not found: raise InputError("no metric", "at least one", "see metric_table('effect')")
-    if odd := [m.id for m in found if m.kind != "effect"]: raise InputError(f"{odd[0]} is of another kind", "effect metrics", "see metric_table('effect')")
+    if odd := [m.id for m in found if m.kind not in ("effect", "discrimination")]:
+        raise InputError(f"{odd[0]} is of another kind", "effect or discrimination metrics", "see metric_table('effect')")
     if len({m.id for m in found}) < len(found): raise InputError("a metric named twice", "each once", "drop the copy")
     return found
 
@@ -74,7 +75,7 @@ class Calibration(NamedTuple):
 
 def calibrate(
     s: Screen,  # from metrics.ceiling.screen
-    metrics=DEFAULT_METRICS,  # ids of effect metrics, or entries
+    metrics=DEFAULT_METRICS,  # ids of effect or discrimination metrics, or entries
     groups=None,  # label of each unit, for units that share their luck
     *,
     keywords: "dict | None" = None,  # what metrics ask for: a value, or a function of (half effects, Sums)
