@@ -199,9 +199,13 @@ def _harmonic(n: int) -> np.ndarray: return np.r_[0.0, np.cumsum(1.0 / np.arange
 
 def _ap_sum(r: Ranking, k: "int | None") -> np.ndarray:
     "Expected sum of i / rank over the right candidates among the top k."
-    a, n, m, h = r.above, r.tied, _inside(r, k), _harmonic(int(r.n_candidates.max(initial=0)))
-    rho = (r.relevant - 1) / np.maximum(n - 1, 1)
-    return _sum(r, r.relevant / n * (rho * m + (r.before + 1 - rho * (a + 1)) * (h[a + m] - h[a])))
+    x = (r.before + 1) / (r.above + 1)  # i / rank, where there is no tie
+    if k is not None: x[r.above >= k] = 0
+    if (t := np.flatnonzero(r.tied > 1)).size:
+        a, n, right, m, h = r.above[t], r.tied[t], r.relevant[t], _inside(r, k)[t], _harmonic(int(r.n_candidates.max()))
+        rho = (right - 1) / (n - 1)
+        x[t] = right / n * (rho * m + (r.before[t] + 1 - rho * (a + 1)) * (h[a + m] - h[a]))
+    return _sum(r, x)
 
 def _ap(r: Ranking, k: "int | None" = None) -> np.ndarray:
     return _over(_ap_sum(r, k), r.n_relevant if k is None else np.minimum(r.n_relevant, k))
