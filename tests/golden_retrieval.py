@@ -47,7 +47,7 @@ def classification_inputs() -> dict:
     ordered = {"args": [number.tolist(), (number + draw.integers(-1, 2, 30)).tolist()], "kwargs": {}}
     by_name = {"roc_auc@1": two, "average_precision@1": two, "roc_auc_ovr_macro@1": several, "top_k_accuracy@1": {**several, "kwargs": {**several["kwargs"], "k": 2}},
                **{f"{i}@1": table for i in ("multilabel_f1_micro", "multilabel_f1_macro", "subset_accuracy")}, "label_ranking_ap@1": ranked, "coverage_depth@1": ranked,
-               **{f"{i}@1": ordered for i in ("spearman", "kendall_tau_b", "r2", "quadratic_kappa", "concordance")}}
+               **{f"{i}@1": ordered for i in ("spearman", "kendall_tau_b", "r2_score", "quadratic_kappa", "concordance")}}
     return {i: by_name.get(i, {"args": labels, "kwargs": {}}) for i in _ids("classification")}
 
 

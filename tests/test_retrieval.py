@@ -254,7 +254,7 @@ def test_numbers():
         compare((classify.concordance(t, p), np.mean([.5 if p[i] == p[j] else float((t[i] - t[j]) * (p[i] - p[j]) > 0) for i in range(12) for j in range(i) if t[i] != t[j]])) for t, p in ((t[:12], p[:12]) for t, p, _ in labelled()))
         compare((classify.spearman(t, s[:, 0]), spearmanr(t, s[:, 0]).statistic) for t, _, s in labelled())
         compare((classify.kendall_tau_b(t, s[:, 0]), kendalltau(t, s[:, 0]).statistic) for t, _, s in labelled())
-        compare((classify.r2(t, s[:, 0]), 1 - ((t - s[:, 0]) ** 2).sum() / ((t - t.mean()) ** 2).sum()) for t, _, s in labelled())
+        compare((classify.r2_score(t, s[:, 0]), 1 - ((t - s[:, 0]) ** 2).sum() / ((t - t.mean()) ** 2).sum()) for t, _, s in labelled())
 
 
 def test_several_labels():

@@ -6,8 +6,8 @@
 __all__ = ['checked_labels', 'checked_numbers', 'accuracy', 'balanced_accuracy', 'mcc', 'f1_macro', 'f1_micro', 'precision_macro',
            'recall_macro', 'per_class', 'roc_auc', 'average_precision', 'roc_auc_ovr_macro', 'top_k_accuracy',
            'log_loss', 'multilabel_f1_micro', 'multilabel_f1_macro', 'subset_accuracy', 'label_ranking_ap',
-           'coverage_depth', 'spearman', 'kendall_tau_b', 'r2', 'quadratic_kappa', 'concordance', 'calibration_table',
-           'expected_calibration_error', 'brier', 'ece_width_10', 'ece_mass_10', 'by_group']
+           'coverage_depth', 'spearman', 'kendall_tau_b', 'r2_score', 'quadratic_kappa', 'concordance',
+           'calibration_table', 'expected_calibration_error', 'brier', 'ece_width_10', 'ece_mass_10', 'by_group']
 
 # %% ../../nbs/metrics/05_classify.ipynb #7be56ed2
 from typing import Callable
@@ -338,15 +338,15 @@ def kendall_tau_b(
     a, b = _numbers(y_true, y_pred)
     return float(kendalltau(a, b, variant="b").statistic) if _varies(a, b) else np.nan
 
-@metric("r2@1", formula=r"1-\frac{\sum(y-\hat y)^2}{\sum(y-\bar y)^2}", low=-np.inf, null=None, undefined="fewer than two rows, or a constant truth", source=_SKL, **_ORDER)
-def r2(
+@metric("r2_score@1", formula=r"1-\frac{\sum(y-\hat y)^2}{\sum(y-\bar y)^2}", low=-np.inf, null=None, undefined="fewer than two rows, or a constant truth", source=_SKL, **_ORDER)
+def r2_score(
     y_true: np.ndarray,  # numbers
     y_pred: np.ndarray,  # numbers, the same unit
 ) -> float:  # up to 1
     "Share of the variance of the truth that is explained."
-    from sklearn.metrics import r2_score
+    from sklearn.metrics import r2_score as of_sklearn
     a, b = _numbers(y_true, y_pred)
-    return float(r2_score(a, b)) if _varies(a) else np.nan
+    return float(of_sklearn(a, b)) if _varies(a) else np.nan
 
 # %% ../../nbs/metrics/05_classify.ipynb #a123873c
 @metric("quadratic_kappa@1", formula=r"1-\frac{\sum_{ij}(i-j)^2O_{ij}}{\sum_{ij}(i-j)^2E_{ij}}", low=-1.0, null=0.0, undefined="no rows, or both sides constant and equal", source="Cohen 1968, doi:10.1037/h0026256; " + _SKL, **_ORDER)
