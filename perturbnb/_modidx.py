@@ -1028,8 +1028,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'perturbnb/metrics/uncertainty.py'),
                                                'perturbnb.metrics.uncertainty._bca': ( 'metrics/uncertainty.html#_bca',
                                                                                        'perturbnb/metrics/uncertainty.py'),
-                                               'perturbnb.metrics.uncertainty._blocks_of': ( 'metrics/uncertainty.html#_blocks_of',
-                                                                                             'perturbnb/metrics/uncertainty.py'),
                                                'perturbnb.metrics.uncertainty._codes': ( 'metrics/uncertainty.html#_codes',
                                                                                          'perturbnb/metrics/uncertainty.py'),
                                                'perturbnb.metrics.uncertainty._differences': ( 'metrics/uncertainty.html#_differences',

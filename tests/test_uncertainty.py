@@ -82,11 +82,11 @@ def holm_by_hand(p):
 
 def test_adjusted_p_on_1000_cases(gen):
     multi = importlib.import_module("statsmodels.stats.multitest") if importlib.util.find_spec("statsmodels") else None
-    for _ in range(1000):
+    for case in range(1000):
         p = gen.random(gen.integers(1, 20))**gen.integers(1, 4)
         p[gen.random(len(p)) < .2] = .03  # ties
         np.testing.assert_allclose(u.adjust_p(p), holm_by_hand(p), atol=1e-12)
-        if multi:
+        if multi and case < 50:  # statsmodels takes 20 ms a call
             for ours, theirs in (("holm", "holm"), ("bonferroni", "bonferroni"), ("bh", "fdr_bh"), ("by", "fdr_by")):
                 np.testing.assert_allclose(u.adjust_p(p, ours), multi.multipletests(p, method=theirs)[1], atol=1e-9)
 

@@ -34,8 +34,8 @@ def _found(metrics) -> list:
     "Entries of the registry by id, or entries as they are."
     found = [m if isinstance(m, Metric) else find_metric(m) for m in ([metrics] if isinstance(metrics, (str, Metric)) else metrics)]
     if not found: raise InputError("no metric", "at least one", "see metric_table('effect')")
-    if odd := [m.id for m in found if m.kind not in ("effect", "discrimination")]:
-        raise InputError(f"{odd[0]} is of another kind", "effect or discrimination metrics", "see metric_table('effect')")
+    if odd := [m.id for m in found if m.kind not in ("effect", "discrimination")]: raise InputError(f"{odd[0]} is of another kind", "effect or discrimination metrics",
+            "see metric_table('effect')")
     if len({m.id for m in found}) < len(found): raise InputError("a metric named twice", "each once", "drop the copy")
     return found
 
@@ -52,7 +52,8 @@ def _advantage(values: pd.DataFrame, blocks: np.ndarray, sign: float, groups, op
     "Mean advantage of the first column over the second; blocks holds the same two columns without each control block."
     one_sided = int((values.iloc[:, 0].isna() ^ values.iloc[:, 1].isna()).sum())
     if one_sided:
-        return Estimate(np.nan, np.nan, np.nan, n=0, n_groups=0, note=f"{one_sided} units where one control alone is undefined, and the metric has no null")
+        return Estimate(np.nan, np.nan, np.nan, n=0, n_groups=0,
+                note=f"{one_sided} units where one control alone is undefined, and the metric has no null")
     e = mean_interval(sign * (values.iloc[:, 0] - values.iloc[:, 1]), groups, **options)
     shift = _nanmean(sign * (blocks[:, :, 0] - blocks[:, :, 1]), 1)
     return widened(e, control_error(shift), len(blocks) - 1)
@@ -87,7 +88,8 @@ def calibrate(
     "Values of positive and negative controls by each metric, their differences, and verdicts."
     found, keywords = _found(metrics), keywords or {}
     asked = {k for m in found for k in _asks(m)}
-    if odd := [k for k in keywords if k not in asked]: raise InputError(f"keyword {odd[0]!r}", "one that a chosen metric asks for", nearest(odd[0], sorted(asked)))
+    if odd := [k for k in keywords if k not in asked]: raise InputError(f"keyword {odd[0]!r}", "one that a chosen metric asks for",
+            nearest(odd[0], sorted(asked)))
     run = over_splits(s, _scorer(s, found, keywords), n_splits=n_splits, n_blocks=n_blocks, seed=seed)
     columns = pd.MultiIndex.from_product([[m.id for m in found], [*POSITIVE, *NEGATIVE]], names=["metric", "control"])
     values = pd.DataFrame(run.value[:, :len(columns)], s.names, columns)
@@ -107,7 +109,8 @@ def _pairs(found: list, values: pd.DataFrame, blocks: np.ndarray, groups, option
                 two, parts = values.iloc[:, at], blocks[:, :, at]
                 e = _advantage(two, parts, sign, groups, options)
                 drf = dict(zip(("drf", "drf_low", "drf_high", "drf_median"), _range(two, parts, perfect, groups, options)))
-                rows.append(dict(metric=m.id, positive=p, negative=q, positive_value=two.iloc[:, 0].mean(), negative_value=two.iloc[:, 1].mean(),
+                rows.append(dict(metric=m.id, positive=p, negative=q, positive_value=two.iloc[:, 0].mean(),
+                        negative_value=two.iloc[:, 1].mean(),
                                  advantage=e.value, low=e.low, high=e.high, **drf, n=e.n, n_groups=e.n_groups, note=e.note))
     return pd.DataFrame(rows)
 
@@ -116,14 +119,16 @@ def _verdicts(pairs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (m, p), part in pairs.groupby(["metric", "positive"], sort=False):
         hard = part.loc[part.low.fillna(-np.inf).idxmin()]
-        rows.append(dict(metric=m, positive=p, verdict=verdict(part), harder=hard.negative, **hard[["advantage", "low", "high", "drf", "n", "n_groups", "note"]]))
+        rows.append(dict(metric=m, positive=p, verdict=verdict(part), harder=hard.negative,
+                **hard[["advantage", "low", "high", "drf", "n", "n_groups", "note"]]))
     return pd.DataFrame(rows)
 
 def _tidy(s: Screen, values: pd.DataFrame, undefined: np.ndarray) -> pd.DataFrame:
     "One row for each unit, metric and control."
     out = values.T.stack(future_stack=True).rename("value").reset_index()
     out["n_undefined"] = undefined.T.ravel()
-    return out.assign(kind=out.control.map({**dict.fromkeys(POSITIVE, "positive"), **dict.fromkeys(NEGATIVE, "negative")}), n_cells=out.unit.map(dict(zip(s.names, s.n_cells))))
+    return out.assign(kind=out.control.map({**dict.fromkeys(POSITIVE, "positive"), **dict.fromkeys(NEGATIVE, "negative")}),
+            n_cells=out.unit.map(dict(zip(s.names, s.n_cells))))
 
 # %% ../../nbs/metrics/08_calibration.ipynb #afc99aaa
 def calibration_plot(
@@ -134,7 +139,8 @@ def calibration_plot(
 ):  # the axes
     "Dynamic-range fraction of each metric against both negative controls, with intervals."
     import matplotlib.pyplot as plt
-    if positive not in set(pairs.positive): raise InputError(f"positive control {positive!r}", "one of the table", nearest(positive, sorted(set(pairs.positive))))
+    if positive not in set(pairs.positive): raise InputError(f"positive control {positive!r}", "one of the table",
+            nearest(positive, sorted(set(pairs.positive))))
     ax, part = ax or plt.gca(), pairs[pairs.positive == positive]
     names = list(dict.fromkeys(part.metric))
     for negative, colour, shift, mark in (("mean", "#0072B2", -.13, "o"), ("no change", "#E69F00", .13, "s")):
@@ -143,6 +149,7 @@ def calibration_plot(
         error = np.nan_to_num(np.vstack([rows.drf - rows.drf_low, rows.drf_high - rows.drf])).clip(0)
         ax.errorbar(rows.drf, y, xerr=error, fmt=mark, color=colour, capsize=3, label=f"against {negative}")
     ax.axvline(0, color="grey", lw=1); ax.axvline(1, color="grey", lw=1, ls=":")
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=f"dynamic-range fraction of the {positive}\n(0: as the negative control, 1: perfect)")
+    ax.set(yticks=range(len(names)), yticklabels=names,
+            xlabel=f"dynamic-range fraction of the {positive}\n(0: as the negative control, 1: perfect)")
     ax.set_ylim(len(names) - .5, -.5); ax.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1))
     return ax
