@@ -74,18 +74,18 @@ def group_p_values(
     *,
     n_draws: int = 10_000,  # random orders for each pair of counts
     seed: int = 0,  # of the draws
-) -> pd.DataFrame:  # one row for each group: map, chance, n, n_undefined, p, p_corrected
+) -> pd.DataFrame:  # one row for each group: mean_ap, chance, n, n_undefined, p, p_corrected
     "Mean average precision of each group, with its p-value."
     table = pd.DataFrame({"ap": np.asarray(ap, dtype=float), "r": np.asarray(n_relevant), "n": np.asarray(n_candidates), "group": np.asarray(groups)})
     rows = []
     for name, g in table.groupby("group", sort=True):
         has = g[g.ap.notna()]
-        row = {"group": name, "map": has.ap.mean(), "chance": np.nan, "n": len(has), "n_undefined": len(g) - len(has), "p": np.nan}
+        row = {"group": name, "mean_ap": has.ap.mean(), "chance": np.nan, "n": len(has), "n_undefined": len(g) - len(has), "p": np.nan}
         if len(has):
             null = np.mean([ap_null(int(r), int(n), n_draws, seed) for r, n in zip(has.r, has.n)], axis=0)
-            row.update(chance=null.mean(), p=(_at_least(null, row["map"]) + 1) / (n_draws + 1))
+            row.update(chance=null.mean(), p=(_at_least(null, row["mean_ap"]) + 1) / (n_draws + 1))
         rows.append(row)
-    out = pd.DataFrame(rows, columns=["group", "map", "chance", "n", "n_undefined", "p"])
+    out = pd.DataFrame(rows, columns=["group", "mean_ap", "chance", "n", "n_undefined", "p"])
     return out.assign(p_corrected=corrected(out.p))
 
 # %% ../../nbs/metrics/04c_retrieval_test.ipynb #e7349b3c
