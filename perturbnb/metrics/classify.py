@@ -27,7 +27,9 @@ def checked_labels(
     "Labels without gaps; `InputError` that names the first bad row otherwise."
     y = pd.Series(np.asarray(y, dtype=object).ravel() if np.ndim(y) == 1 else _shape_error(y, name))
     if n is not None and len(y) != n: raise InputError(f"{len(y)} rows of {name} and {n} of y_true", "one for each row", "align both")
-    if y.isna().any(): raise InputError(f"{name} is missing in row {int(np.argmax(y.isna()))}", "a label for each row", "drop the row for all models alike")
+    if y.isna().any():
+        raise InputError(f"{name} is missing in row {int(np.argmax(y.isna()))}", "a label for each row",
+                         "drop the row for all models alike")
     kinds = {"text" if isinstance(x, str) else "number" for x in y}
     if len(kinds) > 1: raise InputError(f"{name} with text and numbers", "labels of one kind", "make all of them text")
     return np.array(y.tolist()) if len(y) else np.array([], dtype=object)
@@ -42,8 +44,11 @@ def checked_numbers(
     "Finite numbers; `InputError` that names the first bad place otherwise."
     try: y = np.asarray(y, dtype=float)
     except (TypeError, ValueError): raise InputError(f"{name} that is no table of numbers", "numbers", "pass a NumPy array") from None
-    if shape is not None and y.shape != tuple(shape): raise InputError(f"{name} of shape {y.shape}", f"shape {tuple(shape)}", "align it with y_true")
-    if not np.isfinite(y).all(): raise InputError(f"{name} is not finite in row {int(np.argwhere(~np.isfinite(y))[0][0])}", "a number everywhere", "drop the row for all models alike")
+    if shape is not None and y.shape != tuple(shape):
+        raise InputError(f"{name} of shape {y.shape}", f"shape {tuple(shape)}", "align it with y_true")
+    if not np.isfinite(y).all():
+        raise InputError(f"{name} is not finite in row {int(np.argwhere(~np.isfinite(y))[0][0])}", "a number everywhere",
+                         "drop the row for all models alike")
     return y
 
 # %% ../../nbs/metrics/05_classify.ipynb #137b9c0d
@@ -54,7 +59,8 @@ def _pair(y_true, y_pred) -> tuple:
     "Both label columns, checked, as whole numbers of one list of classes; and that list."
     a = checked_labels(y_true, "y_true")
     b = checked_labels(y_pred, "y_pred", len(a))
-    if len(a) and (a.dtype.kind in "US") != (b.dtype.kind in "US"): raise InputError("text on one side and numbers on the other", "labels of one kind", "make both text")
+    if len(a) and (a.dtype.kind in "US") != (b.dtype.kind in "US"):
+        raise InputError("text on one side and numbers on the other", "labels of one kind", "make both text")
     classes = np.unique(np.concatenate([a, b])) if len(a) else np.array([])
     return np.searchsorted(classes, a) if len(a) else a, np.searchsorted(classes, b) if len(a) else b, classes
 
@@ -62,7 +68,8 @@ def _counts(y_true, y_pred, classes=None) -> tuple:
     "True positives, false positives, false negatives of each class."
     a, b, seen = _pair(y_true, y_pred)
     names = list(seen) if classes is None else list(classes)
-    if odd := [c for c in seen.tolist() if c not in names]: raise InputError(f"class {odd[0]!r}", f"one of {names}", "pass all classes, or none")
+    if odd := [c for c in seen.tolist() if c not in names]:
+        raise InputError(f"class {odd[0]!r}", f"one of {names}", "pass all classes, or none")
     at = np.array([names.index(c) for c in seen.tolist()], int)
     count = lambda x: np.bincount(at[x.astype(int)], minlength=len(names)) if len(a) else np.zeros(len(names), int)
     tp = count(a[a == b])
@@ -76,17 +83,18 @@ def _ratio(x, n) -> np.ndarray:
 def _mean(x: np.ndarray) -> float: return float(np.mean(x)) if len(x) else np.nan
 
 # %% ../../nbs/metrics/05_classify.ipynb #7ebb46af
-@metric("accuracy@1", formula=r"\frac1n\sum_i[\hat y_i=y_i]", low=0.0, high=1.0, better="higher", null=None, undefined="no rows", source=_SKL, **_C)
+@metric("accuracy@1", formula=r"\frac1n\sum_i[\hat y_i=y_i]", low=0.0, high=1.0, better="higher", null=None, undefined="no rows",
+        source=_SKL, **_C)
 def accuracy(
     y_true: "Sequence",  # true labels
     y_pred: "Sequence",  # predicted labels
 ) -> float:  # 0 to 1
     "Share of rows with the right label."
-    from sklearn.metrics import accuracy_score
     a, b, _ = _pair(y_true, y_pred)
-    return float(accuracy_score(a, b)) if len(a) else np.nan
+    return _mean(a == b)
 
-@metric("balanced_accuracy@1", formula=r"\frac{1}{C}\sum_c\frac{TP_c}{TP_c+FN_c}", low=0.0, high=1.0, better="higher", null=None, undefined="no rows, or a single true class", source=_SKL, **_C)
+@metric("balanced_accuracy@1", formula=r"\frac{1}{C}\sum_c\frac{TP_c}{TP_c+FN_c}", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no rows, or a single true class", source=_SKL, **_C)
 def balanced_accuracy(
     y_true: "Sequence",  # true labels
     y_pred: "Sequence",  # predicted labels
@@ -95,7 +103,8 @@ def balanced_accuracy(
     a, b, _ = _pair(y_true, y_pred)
     return float(np.mean([np.mean(b[a == c] == c) for c in np.unique(a)])) if len(np.unique(a)) > 1 else np.nan
 
-@metric("mcc@1", formula=r"\frac{\mathrm{cov}(y,\hat y)}{\sqrt{\mathrm{cov}(y,y)\,\mathrm{cov}(\hat y,\hat y)}}", low=-1.0, high=1.0, better="higher", null=0.0, undefined="no rows, or all true or all predicted labels equal",
+@metric("mcc@1", formula=r"\frac{\mathrm{cov}(y,\hat y)}{\sqrt{\mathrm{cov}(y,y)\,\mathrm{cov}(\hat y,\hat y)}}", low=-1.0, high=1.0,
+        better="higher", null=0.0, undefined="no rows, or all true or all predicted labels equal",
         source="Matthews 1975, doi:10.1016/0005-2795(75)90109-9; " + _SKL, **_C)
 def mcc(
     y_true: "Sequence",  # true labels
@@ -107,7 +116,8 @@ def mcc(
     return float(matthews_corrcoef(a, b)) if len(np.unique(a)) > 1 and len(np.unique(b)) > 1 else np.nan
 
 # %% ../../nbs/metrics/05_classify.ipynb #acae8036
-@metric("f1_macro@1", formula=r"\frac1C\sum_c\frac{2TP_c}{2TP_c+FP_c+FN_c}", low=0.0, high=1.0, better="higher", null=None, undefined="no rows, or a class that is neither true nor predicted", source=_SKL, **_C)
+@metric("f1_macro@1", formula=r"\frac1C\sum_c\frac{2TP_c}{2TP_c+FP_c+FN_c}", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no rows, or a class that is neither true nor predicted", source=_SKL, **_C)
 def f1_macro(
     y_true: "Sequence",  # true labels
     y_pred: "Sequence",  # predicted labels
@@ -118,7 +128,8 @@ def f1_macro(
     tp, fp, fn, _ = _counts(y_true, y_pred, classes)
     return _mean(_ratio(2 * tp, 2 * tp + fp + fn))
 
-@metric("f1_micro@1", formula=r"\frac{2\sum_c TP_c}{\sum_c(2TP_c+FP_c+FN_c)}", low=0.0, high=1.0, better="higher", null=None, undefined="no rows", source=_SKL, **_C)
+@metric("f1_micro@1", formula=r"\frac{2\sum_c TP_c}{\sum_c(2TP_c+FP_c+FN_c)}", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no rows", source=_SKL, **_C)
 def f1_micro(
     y_true: "Sequence",  # true labels
     y_pred: "Sequence",  # predicted labels
@@ -126,7 +137,8 @@ def f1_micro(
     "F1 of all decisions together."
     return accuracy(y_true, y_pred)
 
-@metric("precision_macro@1", formula=r"\frac1C\sum_c\frac{TP_c}{TP_c+FP_c}", low=0.0, high=1.0, better="higher", null=None, undefined="no rows, or a class that was never predicted", source=_SKL, **_C)
+@metric("precision_macro@1", formula=r"\frac1C\sum_c\frac{TP_c}{TP_c+FP_c}", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no rows, or a class that was never predicted", source=_SKL, **_C)
 def precision_macro(
     y_true: "Sequence",  # true labels
     y_pred: "Sequence",  # predicted labels
@@ -137,7 +149,8 @@ def precision_macro(
     tp, fp, fn, _ = _counts(y_true, y_pred, classes)
     return _mean(_ratio(tp, tp + fp))
 
-@metric("recall_macro@1", formula=r"\frac1C\sum_c\frac{TP_c}{TP_c+FN_c}", low=0.0, high=1.0, better="higher", null=None, undefined="no rows, or a class that is never true", source=_SKL, **_C)
+@metric("recall_macro@1", formula=r"\frac1C\sum_c\frac{TP_c}{TP_c+FN_c}", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no rows, or a class that is never true", source=_SKL, **_C)
 def recall_macro(
     y_true: "Sequence",  # true labels
     y_pred: "Sequence",  # predicted labels
@@ -157,8 +170,10 @@ def per_class(
 ) -> pd.DataFrame:  # one row for each class: n, n_predicted, precision, recall, f1, note
     "Precision, recall and F1 of each class with its n."
     tp, fp, fn, names = _counts(y_true, y_pred, classes)
-    table = pd.DataFrame({"n": tp + fn, "n_predicted": tp + fp, "precision": _ratio(tp, tp + fp), "recall": _ratio(tp, tp + fn), "f1": _ratio(2 * tp, 2 * tp + fp + fn)}, index=pd.Index(names, name="class"))
-    table["note"] = ["not in the test" * (n == 0) + ", " * (n == 0 == m) + "never predicted" * (m == 0) for n, m in zip(table.n, table.n_predicted)]
+    table = pd.DataFrame({"n": tp + fn, "n_predicted": tp + fp, "precision": _ratio(tp, tp + fp), "recall": _ratio(tp, tp + fn),
+                          "f1": _ratio(2 * tp, 2 * tp + fp + fn)}, index=pd.Index(names, name="class"))
+    table["note"] = ["not in the test" * (n == 0) + ", " * (n == 0 == m) + "never predicted" * (m == 0) for n,
+                     m in zip(table.n, table.n_predicted)]
     return table
 
 # %% ../../nbs/metrics/05_classify.ipynb #56aec683
@@ -167,15 +182,19 @@ def _binary(y_true, y_score, positive) -> tuple:
     y = checked_labels(y_true, "y_true")
     s = checked_numbers(y_score, "y_score", (len(y),))
     names = set(y.tolist()) | {positive}
-    if len(names) > 2: raise InputError(f"{len(names)} classes, {sorted(map(str, names))[:4]}", "two classes, one of them `positive`", "use the metric for several classes, or name the positive one")
+    if len(names) > 2:
+        raise InputError(f"{len(names)} classes, {sorted(map(str, names))[:4]}", "two classes, one of them `positive`",
+                         "use the metric for several classes, or name the positive one")
     return (y == positive).astype(int), s
 
 def _classes_of(y_true, proba, classes) -> tuple:
     "Position of the true class of each row, and the table of scores."
     y, names = checked_labels(y_true, "y_true"), list(classes)
-    if len(set(names)) < len(names) or len(names) < 2: raise InputError(f"classes {names}", "at least two, each once", "one for each column of the scores")
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise InputError(f"classes {names}", "at least two, each once", "one for each column of the scores")
     s = checked_numbers(proba, "scores", (len(y), len(names)))
-    if odd := [c for c in y.tolist() if c not in names]: raise InputError(f"true class {odd[0]!r}", f"one of {names}", "the columns of the scores are the classes")
+    if odd := [c for c in y.tolist() if c not in names]:
+        raise InputError(f"true class {odd[0]!r}", f"one of {names}", "the columns of the scores are the classes")
     return np.array([names.index(c) for c in y.tolist()], int), s
 
 def _auc(y: np.ndarray, s: np.ndarray) -> float:
@@ -183,7 +202,8 @@ def _auc(y: np.ndarray, s: np.ndarray) -> float:
     return float(roc_auc_score(y, s)) if 0 < y.sum() < len(y) else np.nan
 
 # %% ../../nbs/metrics/05_classify.ipynb #a5632ad8
-@metric("roc_auc@1", formula=r"P(s_+>s_-)+\tfrac12P(s_+=s_-)", low=0.0, high=1.0, better="higher", null=0.5, undefined="all rows of one class", source="Hanley & McNeil 1982, doi:10.1148/radiology.143.1.7063747; " + _SKL, **_C)
+@metric("roc_auc@1", formula=r"P(s_+>s_-)+\tfrac12P(s_+=s_-)", low=0.0, high=1.0, better="higher", null=0.5,
+        undefined="all rows of one class", source="Hanley & McNeil 1982, doi:10.1148/radiology.143.1.7063747; " + _SKL, **_C)
 def roc_auc(
     y_true: "Sequence",  # true labels, two classes
     y_score: np.ndarray,  # one number for each row, larger for the positive class
@@ -193,7 +213,8 @@ def roc_auc(
     "Area under the ROC curve."
     return _auc(*_binary(y_true, y_score, positive))
 
-@metric("average_precision@1", formula=r"\sum_k(R_k-R_{k-1})P_k", low=0.0, high=1.0, better="higher", null=None, undefined="no positive row", source=_SKL, **_C)
+@metric("average_precision@1", formula=r"\sum_k(R_k-R_{k-1})P_k", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no positive row", source=_SKL, **_C)
 def average_precision(
     y_true: "Sequence",  # true labels, two classes
     y_score: np.ndarray,  # one number for each row, larger for the positive class
@@ -206,7 +227,8 @@ def average_precision(
     return float(average_precision_score(y, s)) if y.sum() else np.nan
 
 # %% ../../nbs/metrics/05_classify.ipynb #3680910e
-@metric("roc_auc_ovr_macro@1", formula=r"\frac1C\sum_c\mathrm{AUC}([y=c],s_c)", low=0.0, high=1.0, better="higher", null=0.5, undefined="no rows, or a class that is never or always true", source="Hand & Till 2001, doi:10.1023/A:1010920819831 (one against the rest); " + _SKL, **_C)
+@metric("roc_auc_ovr_macro@1", formula=r"\frac1C\sum_c\mathrm{AUC}([y=c],s_c)", low=0.0, high=1.0, better="higher", null=0.5,
+        undefined="no rows, or a class that is never or always true", source="Hand & Till 2001, doi:10.1023/A:1010920819831 (one against the rest); " + _SKL, **_C)
 def roc_auc_ovr_macro(
     y_true: "Sequence",  # true labels
     scores: np.ndarray,  # rows by classes
@@ -217,7 +239,8 @@ def roc_auc_ovr_macro(
     y, s = _classes_of(y_true, scores, classes)
     return _mean([_auc((y == c).astype(int), s[:, c]) for c in range(s.shape[1])])
 
-@metric("top_k_accuracy@1", formula=r"\frac1n\sum_i[\mathrm{rank}(s_{i,y_i})\le k]", low=0.0, high=1.0, better="higher", null=None, undefined="no rows", source=_SKL + "; ties at their expected share", **_C)
+@metric("top_k_accuracy@1", formula=r"\frac1n\sum_i[\mathrm{rank}(s_{i,y_i})\le k]", low=0.0, high=1.0, better="higher", null=None,
+        undefined="no rows", source=_SKL + "; ties at their expected share", **_C)
 def top_k_accuracy(
     y_true: "Sequence",  # true labels
     scores: np.ndarray,  # rows by classes
@@ -227,12 +250,14 @@ def top_k_accuracy(
 ) -> float:  # 0 to 1; chance is k over the number of classes
     "Share of rows whose true class is among the k best."
     y, s = _classes_of(y_true, scores, classes)
-    if not (isinstance(k, (int, np.integer)) and 1 <= k <= s.shape[1]): raise InputError(f"k = {k!r}", f"a whole number from 1 to the {s.shape[1]} classes", "choose a smaller one")
+    if not (isinstance(k, (int, np.integer)) and 1 <= k <= s.shape[1]):
+        raise InputError(f"k = {k!r}", f"a whole number from 1 to the {s.shape[1]} classes", "choose a smaller one")
     own = np.take_along_axis(s, y[:, None], 1)
     above, tied = (s > own).sum(1), (s == own).sum(1)
     return _mean(np.clip((k - above) / tied, 0, 1))
 
-@metric("log_loss@1", formula=r"-\frac1n\sum_i\ln p_{i,y_i}", low=0.0, high=np.inf, better="lower", null=None, undefined="no rows", source="Good 1952; " + _SKL, kind="calibration", unit="nat")
+@metric("log_loss@1", formula=r"-\frac1n\sum_i\ln p_{i,y_i}", low=0.0, high=np.inf, better="lower", null=None, undefined="no rows",
+        source="Good 1952; " + _SKL, kind="calibration", unit="nat")
 def log_loss(
     y_true: "Sequence",  # true labels
     proba: np.ndarray,  # probabilities, rows by classes, each row sums to 1
@@ -241,7 +266,8 @@ def log_loss(
 ) -> float:  # 0 to infinity, nats
     "Mean negative logarithm of the probability given to the true class; infinite if that was 0."
     y, p = _classes_of(y_true, proba, classes)
-    if ((p < 0) | (p > 1)).any() or (np.abs(p.sum(1) - 1) > 1e-6).any(): raise InputError("rows that are no probabilities", "0 to 1, each row with the sum 1", "pass the output of predict_proba")
+    if ((p < 0) | (p > 1)).any() or (np.abs(p.sum(1) - 1) > 1e-6).any():
+        raise InputError("rows that are no probabilities", "0 to 1, each row with the sum 1", "pass the output of predict_proba")
     with np.errstate(divide="ignore"): return _mean(-np.log(np.take_along_axis(p, y[:, None], 1)[:, 0]))
 
 # %% ../../nbs/metrics/05_classify.ipynb #eadb4376
@@ -251,7 +277,8 @@ def _tables(y_true, second, name: str, binary: bool) -> tuple:
     if a.ndim != 2: raise InputError(f"y_true of shape {a.shape}", "rows by labels", "a table of 0 and 1")
     b = checked_numbers(second, name, a.shape)
     for x, which in ((a, "y_true"), (b, name)):
-        if (which == "y_true" or binary) and not np.isin(x, (0, 1)).all(): raise InputError(f"{which} with a {x[~np.isin(x, (0, 1))][0]:g}", "0 and 1", "apply a threshold first")
+        if (which == "y_true" or binary) and not np.isin(x, (0, 1)).all():
+            raise InputError(f"{which} with a {x[~np.isin(x, (0, 1))][0]:g}", "0 and 1", "apply a threshold first")
     return a.astype(int), b.astype(int) if binary else b
 
 _ML = dict(low=0.0, high=1.0, better="higher", null=None, **_C)
@@ -266,7 +293,8 @@ def multilabel_f1_micro(
     a, b = _tables(y_true, y_pred, "y_pred", True)
     return float(_ratio(2 * (a & b).sum(), a.sum() + b.sum()))
 
-@metric("multilabel_f1_macro@1", formula=r"\frac1L\sum_l\frac{2TP_l}{2TP_l+FP_l+FN_l}", undefined="no rows, or a label without a 1 on either side", source=_SKL, **_ML)
+@metric("multilabel_f1_macro@1", formula=r"\frac1L\sum_l\frac{2TP_l}{2TP_l+FP_l+FN_l}",
+        undefined="no rows, or a label without a 1 on either side", source=_SKL, **_ML)
 def multilabel_f1_macro(
     y_true: np.ndarray,  # 0/1, rows by labels
     y_pred: np.ndarray,  # 0/1, the same shape
@@ -296,7 +324,8 @@ def label_ranking_ap(
     a, s = _tables(y_true, scores, "scores", False)
     return float(label_ranking_average_precision_score(a, s)) if len(a) and a.any(1).all() else np.nan
 
-@metric("coverage_depth@1", formula=r"\frac1n\sum_i\max_{l\in Y_i}|\{m:s_{im}\ge s_{il}\}|", unit="labels", low=1.0, high=np.inf, better="lower", null=None, undefined="no rows, or a row without a true label", kind="classification",
+@metric("coverage_depth@1", formula=r"\frac1n\sum_i\max_{l\in Y_i}|\{m:s_{im}\ge s_{il}\}|", unit="labels", low=1.0, high=np.inf,
+        better="lower", null=None, undefined="no rows, or a row without a true label", kind="classification",
         source="Tsoumakas, Katakis & Vlahavas 2010, Mining multi-label data; " + _SKL)
 def coverage_depth(
     y_true: np.ndarray,  # 0/1, rows by labels
@@ -318,7 +347,8 @@ def _varies(*xs) -> bool: return all(len(x) > 1 and x.min() < x.max() for x in x
 _ORDER = dict(better="higher", high=1.0, **_C)
 
 # %% ../../nbs/metrics/05_classify.ipynb #30b461dc
-@metric("spearman@1", formula=r"\mathrm{corr}(\mathrm{rank}\,y,\mathrm{rank}\,\hat y)", low=-1.0, null=0.0, undefined="fewer than two rows, or one side constant", source="Spearman 1904; SciPy (average ranks)", **_ORDER)
+@metric("spearman@1", formula=r"\mathrm{corr}(\mathrm{rank}\,y,\mathrm{rank}\,\hat y)", low=-1.0, null=0.0,
+        undefined="fewer than two rows, or one side constant", source="Spearman 1904; SciPy (average ranks)", **_ORDER)
 def spearman(
     y_true: np.ndarray,  # numbers
     y_pred: np.ndarray,  # numbers
@@ -328,7 +358,8 @@ def spearman(
     a, b = _numbers(y_true, y_pred)
     return float(spearmanr(a, b).statistic) if _varies(a, b) else np.nan
 
-@metric("kendall_tau_b@1", formula=r"\frac{n_c-n_d}{\sqrt{(n_0-n_1)(n_0-n_2)}}", low=-1.0, null=0.0, undefined="fewer than two rows, or one side constant", source="Kendall 1945, doi:10.1093/biomet/33.3.239; SciPy", **_ORDER)
+@metric("kendall_tau_b@1", formula=r"\frac{n_c-n_d}{\sqrt{(n_0-n_1)(n_0-n_2)}}", low=-1.0, null=0.0,
+        undefined="fewer than two rows, or one side constant", source="Kendall 1945, doi:10.1093/biomet/33.3.239; SciPy", **_ORDER)
 def kendall_tau_b(
     y_true: np.ndarray,  # numbers
     y_pred: np.ndarray,  # numbers
@@ -338,7 +369,8 @@ def kendall_tau_b(
     a, b = _numbers(y_true, y_pred)
     return float(kendalltau(a, b, variant="b").statistic) if _varies(a, b) else np.nan
 
-@metric("r2_score@1", formula=r"1-\frac{\sum(y-\hat y)^2}{\sum(y-\bar y)^2}", low=-np.inf, null=None, undefined="fewer than two rows, or a constant truth", source=_SKL, **_ORDER)
+@metric("r2_score@1", formula=r"1-\frac{\sum(y-\hat y)^2}{\sum(y-\bar y)^2}", low=-np.inf, null=None,
+        undefined="fewer than two rows, or a constant truth", source=_SKL, **_ORDER)
 def r2_score(
     y_true: np.ndarray,  # numbers
     y_pred: np.ndarray,  # numbers, the same unit
@@ -349,18 +381,21 @@ def r2_score(
     return float(of_sklearn(a, b)) if _varies(a) else np.nan
 
 # %% ../../nbs/metrics/05_classify.ipynb #a123873c
-@metric("quadratic_kappa@1", formula=r"1-\frac{\sum_{ij}(i-j)^2O_{ij}}{\sum_{ij}(i-j)^2E_{ij}}", low=-1.0, null=0.0, undefined="no rows, or both sides constant and equal", source="Cohen 1968, doi:10.1037/h0026256; " + _SKL, **_ORDER)
+@metric("quadratic_kappa@1", formula=r"1-\frac{\sum_{ij}(i-j)^2O_{ij}}{\sum_{ij}(i-j)^2E_{ij}}", low=-1.0, null=0.0,
+        undefined="no rows, or both sides constant and equal", source="Cohen 1968, doi:10.1037/h0026256; " + _SKL, **_ORDER)
 def quadratic_kappa(
     y_true: np.ndarray,  # ordered classes as whole numbers
     y_pred: np.ndarray,  # the same
 ) -> float:  # -1 to 1; chance is 0
     "Agreement on ordered classes beyond chance, misses weighted by their square."
     a, b = _numbers(y_true, y_pred)
-    if (a % 1).any() or (b % 1).any(): raise InputError("classes that are no whole numbers", "0, 1, 2, …: the distance between classes counts", "round the prediction")
+    if (a % 1).any() or (b % 1).any():
+        raise InputError("classes that are no whole numbers", "0, 1, 2, …: the distance between classes counts", "round the prediction")
     expected = ((a[:, None] - b) ** 2).mean() if len(a) else 0
     return float(1 - ((a - b) ** 2).mean() / expected) if expected > 0 else np.nan
 
-@metric("concordance@1", formula=r"\frac{n_c+n_t/2}{\#\{i<j:y_i\ne y_j\}}", low=0.0, null=0.5, undefined="no two rows with a different truth", source="Harrell et al. 1982, doi:10.1001/jama.1982.03320430047030", **_ORDER)
+@metric("concordance@1", formula=r"\frac{n_c+n_t/2}{\#\{i<j:y_i\ne y_j\}}", low=0.0, null=0.5,
+        undefined="no two rows with a different truth", source="Harrell et al. 1982, doi:10.1001/jama.1982.03320430047030", **_ORDER)
 def concordance(
     y_true: np.ndarray,  # numbers
     y_pred: np.ndarray,  # numbers
@@ -378,7 +413,8 @@ def concordance(
 # %% ../../nbs/metrics/05_classify.ipynb #18fb526a
 def _chances(y_true, proba, positive) -> tuple:
     y, p = _binary(y_true, proba, positive)
-    if ((p < 0) | (p > 1)).any(): raise InputError(f"a probability of {p[(p < 0) | (p > 1)][0]:g}", "0 to 1", "a score is no probability: calibrate it first")
+    if ((p < 0) | (p > 1)).any():
+        raise InputError(f"a probability of {p[(p < 0) | (p > 1)][0]:g}", "0 to 1", "a score is no probability: calibrate it first")
     return y, p
 
 def _bins(p: np.ndarray, how: str, n_bins: int) -> np.ndarray:
@@ -398,7 +434,8 @@ def calibration_table(
 ) -> pd.DataFrame:  # one row for each bin: n, predicted, observed
     "Mean probability and share that came true, by bin: the calibration curve."
     if how not in ("width", "mass"): raise InputError(f"how={how!r}", "width or mass", "equal width, or equally many rows in a bin")
-    if not (isinstance(n_bins, (int, np.integer)) and n_bins >= 1): raise InputError(f"n_bins = {n_bins!r}", "a whole number of 1 or more", "10 is usual")
+    if not (isinstance(n_bins, (int, np.integer)) and n_bins >= 1):
+        raise InputError(f"n_bins = {n_bins!r}", "a whole number of 1 or more", "10 is usual")
     y, p = _chances(y_true, proba, positive)
     g = pd.DataFrame({"bin": _bins(p, how, n_bins), "p": p, "y": y}).groupby("bin")
     return pd.DataFrame({"n": g.size(), "predicted": g.p.mean(), "observed": g.y.mean()})
@@ -460,9 +497,15 @@ def by_group(
 ) -> pd.DataFrame:  # one row for each group: id, group, value, n
     "A metric of each group of rows."
     m = find_metric(name)
-    if m.kind not in ("classification", "calibration"): raise InputError(f"{m.id}, a metric of kind {m.kind}", "classification or calibration", "use aggregate for metrics with a value for each row")
+    if m.kind not in ("classification", "calibration"):
+        raise InputError(f"{m.id}, a metric of kind {m.kind}", "classification or calibration",
+                         "use aggregate for metrics with a value for each row")
     t, p, g = np.asarray(y_true), np.asarray(y_pred), pd.Series(np.asarray(groups, dtype=object))
-    if not len(t) == len(p) == len(g): raise InputError(f"{len(t)}, {len(p)} and {len(g)} rows of truth, prediction and groups", "the same rows", "align them")
-    if g.isna().any(): raise InputError(f"{int(g.isna().sum())} rows without a group", "a group for each row", "fill it in, or drop these rows for all models alike")
-    rows = [{"id": m.id, "group": k, "value": m(t[i], p[i], **context), "n": len(i)} for k, i in sorted(g.groupby(g).indices.items(), key=lambda x: str(x[0]))]
+    if not len(t) == len(p) == len(g):
+        raise InputError(f"{len(t)}, {len(p)} and {len(g)} rows of truth, prediction and groups", "the same rows", "align them")
+    if g.isna().any():
+        raise InputError(f"{int(g.isna().sum())} rows without a group", "a group for each row",
+                         "fill it in, or drop these rows for all models alike")
+    rows = [{"id": m.id, "group": k, "value": m(t[i], p[i], **context), "n": len(i)} for k,
+            i in sorted(g.groupby(g).indices.items(), key=lambda x: str(x[0]))]
     return pd.DataFrame(rows, columns=["id", "group", "value", "n"])

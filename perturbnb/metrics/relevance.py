@@ -49,15 +49,19 @@ def _matcher(first: pd.Series, second: pd.Series, sep: "str | None", unknown: "S
         c = np.array([next((codes[x] for x in some), -1) for some in held], int)[where]
         return _Matcher(c[:n], c[n:])
     rows = [[codes[x] for x in held[w]] for w in where]
-    table = csr_matrix((np.ones(sum(map(len, rows)), np.int32), np.concatenate(rows).astype(int), np.cumsum([0, *map(len, rows)])), shape=(len(rows), len(codes)))
+    table = csr_matrix((np.ones(sum(map(len, rows)), np.int32), np.concatenate(rows).astype(int), np.cumsum([0, *map(len, rows)])),
+                       shape=(len(rows), len(codes)))
     return _Matcher(table[:n], table[n:])
 
 # %% ../../nbs/metrics/04a_relevance.ipynb #3e396523
 def _column(obs: pd.DataFrame, name: str, which: str, known: bool) -> pd.Series:
     "A column of the metadata, complete if `known`."
-    if name not in obs: raise InputError(f"no column {name!r} in the {which}", "a column of the metadata", nearest(name, obs.columns) + ("; plate=None allows candidates of the same plate" if name == "batch" else ""))
+    if name not in obs:
+        raise InputError(f"no column {name!r} in the {which}", "a column of the metadata",
+                         nearest(name, obs.columns) + ("; plate=None allows candidates of the same plate" if name == "batch" else ""))
     if known and obs[name].isna().any():
-        raise InputError(f"{int(obs[name].isna().sum())} of the {which} without {name}", "a value in each row", "fill it in or drop these rows: what is not known cannot be shown to differ")
+        raise InputError(f"{int(obs[name].isna().sum())} of the {which} without {name}", "a value in each row",
+                         "fill it in or drop these rows: what is not known cannot be shown to differ")
     return obs[name].astype(object)
 
 def _selves(queries: pd.DataFrame, candidates: "pd.DataFrame | None", same_index: "bool | None") -> np.ndarray:
@@ -65,17 +69,23 @@ def _selves(queries: pd.DataFrame, candidates: "pd.DataFrame | None", same_index
     if candidates is None or candidates is queries: return np.arange(len(queries))
     numbered = all(isinstance(x.index, pd.RangeIndex) for x in (queries, candidates))
     if same_index is None and numbered:
-        raise InputError("two tables that are both numbered from 0", "index labels that name the rows", "set same_index to True if row 3 is row 3 in both, else to False")
+        raise InputError("two tables that are both numbered from 0", "index labels that name the rows",
+                         "set same_index to True if row 3 is row 3 in both, else to False")
     if same_index is False: return np.full(len(queries), -1)
     for x, which in ((queries, "queries"), (candidates, "candidates")):
-        if not x.index.is_unique: raise InputError(f"index label {x.index[x.index.duplicated()][0]!r} stands twice in the {which}", "a label for each row", "make the index unique")
+        if not x.index.is_unique:
+            raise InputError(f"index label {x.index[x.index.duplicated()][0]!r} stands twice in the {which}", "a label for each row",
+                             "make the index unique")
     return candidates.index.get_indexer(queries.index)
 
 def _grades(same) -> list:
     "(grade, columns) from the lowest grade up."
-    pairs = [(grade, (c,) if isinstance(c, str) else tuple(c)) for c, grade in same.items()] if isinstance(same, dict) else [(1, (same,) if isinstance(same, str) else tuple(same))]
-    if not pairs or any(not c for _, c in pairs): raise InputError("no column in same", "at least one column that makes an answer right", "same='moa'")
-    if bad := [g for g, _ in pairs if not (isinstance(g, (int, np.integer)) and 1 <= g <= 100)]: raise InputError(f"grade {bad[0]!r}", "a whole number from 1 to 100", "{'pert': 2, 'moa': 1}")
+    pairs = [(grade, (c,) if isinstance(c, str) else tuple(c)) for c, grade in same.items()] if isinstance(same,
+        dict) else [(1, (same,) if isinstance(same, str) else tuple(same))]
+    if not pairs or any(not c for _, c in pairs):
+        raise InputError("no column in same", "at least one column that makes an answer right", "same='moa'")
+    if bad := [g for g, _ in pairs if not (isinstance(g, (int, np.integer)) and 1 <= g <= 100)]:
+        raise InputError(f"grade {bad[0]!r}", "a whole number from 1 to 100", "{'pert': 2, 'moa': 1}")
     return sorted(pairs)
 
 # %% ../../nbs/metrics/04a_relevance.ipynb #46e080b8
@@ -123,7 +133,8 @@ def relevance_rule(
     other = queries if candidates is None else candidates
     several = lambda c: () if c is None else (c,) if isinstance(c, str) else tuple(c)
     def match(c, strict):
-        return _matcher(_column(queries, c, "queries", strict), _column(other, c, "candidates", strict), None if strict else sep, () if strict else unknown)
+        return _matcher(_column(queries, c, "queries", strict), _column(other, c, "candidates", strict), None if strict else sep,
+                        () if strict else unknown)
     graded = [(grade, [match(c, False) for c in columns]) for grade, columns in _grades(same)]
     hidden = ~np.logical_and.reduce([m.known() for _, ms in graded for m in ms]) if drop_unknown else np.zeros(len(other), bool)
     differ, within, apart = ([match(c, True) for c in several(x)] for x in (differ, within, plate))

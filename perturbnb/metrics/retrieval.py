@@ -27,12 +27,15 @@ def checked_relevance(
     "Relevance fit to be used; `InputError` otherwise."
     y = np.asarray(relevance)
     if y.dtype == bool: y = y.view(np.int8)
-    if y.dtype.kind not in "iuf": raise InputError(f"relevance of type {y.dtype}", "numbers or bool", "0 wrong, 1 or more right, -1 left out")
+    if y.dtype.kind not in "iuf":
+        raise InputError(f"relevance of type {y.dtype}", "numbers or bool", "0 wrong, 1 or more right, -1 left out")
     if y.ndim != 2 or (shape is not None and y.shape != shape):
-        raise InputError(f"relevance of shape {y.shape}", f"queries by candidates{'' if shape is None else ', ' + str(tuple(shape))}", "align it with the scores")
+        raise InputError(f"relevance of shape {y.shape}", f"queries by candidates{'' if shape is None else ', ' + str(tuple(shape))}",
+                         "align it with the scores")
     if y.size and not (y.min() >= LEFT_OUT and y.max() <= 1000 and (y.dtype.kind != "f" or ((y >= 0) | (y == LEFT_OUT)).all())):
         i, j = np.argwhere(~(((y >= 0) & (y <= 1000)) | (y == LEFT_OUT)))[0]
-        raise InputError(f"relevance is {y[i, j]} in row {i}, column {j}", "a grade from 0 to 1000, or -1", "write -1 for a pair that is left out")
+        raise InputError(f"relevance is {y[i, j]} in row {i}, column {j}", "a grade from 0 to 1000, or -1",
+                         "write -1 for a pair that is left out")
     return y
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #784120ec
@@ -221,7 +224,8 @@ def average_precision(
     over: str = "min(R, K)",  # or "R": what the sum is divided by when there is a k
 ) -> np.ndarray:  # 0 to 1 for each query; NaN without a right candidate
     "Mean precision at the ranks of the right candidates."
-    if over not in ("min(R, K)", "R"): raise InputError(f"over={over!r}", "'min(R, K)' or 'R'", "min(R, K) gives a full list of right ones 1")
+    if over not in ("min(R, K)", "R"):
+        raise InputError(f"over={over!r}", "'min(R, K)' or 'R'", "min(R, K) gives a full list of right ones 1")
     r = rank_relevant(scores, relevance)
     return _ap(r) if k is None else (_ap_over_r if over == "R" else _ap)(r, checked_k(k))
 
@@ -256,7 +260,8 @@ def ndcg(
     gain: str = "linear",  # g, or "exponential": 2^g - 1
 ) -> np.ndarray:  # 0 to 1 for each query; NaN without a right candidate
     "Normalised discounted cumulated gain."
-    if gain not in ("linear", "exponential"): raise InputError(f"gain={gain!r}", "linear or exponential", nearest(gain, ["linear", "exponential"]))
+    if gain not in ("linear", "exponential"):
+        raise InputError(f"gain={gain!r}", "linear or exponential", nearest(gain, ["linear", "exponential"]))
     return _ndcg(rank_relevant(scores, relevance), None if k is None else checked_k(k), gain)
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #243a61b9
@@ -310,7 +315,8 @@ _CUT = {"precision": (_precision, r"F_K/\min(K,N)", _BOOK), "recall": (_recall, 
         "hit": (_hit, r"[\rho_1\le K]", _BOOK), "ap": (_ap, r"\frac{1}{\min(R,K)}\sum_{i:\rho_i\le K}\frac{i}{\rho_i}", _BOOK),
         "ap_over_r": (_ap_over_r, r"\frac{1}{R}\sum_{i:\rho_i\le K}\frac{i}{\rho_i}", _BOOK),
         "ndcg": (lambda r, k: _ndcg(r, k), r"\frac{\sum_{\rho\le K}g_\rho/\log_2(\rho+1)}{\text{ideal}}", _JK),
-        "ndcg_exp": (lambda r, k: _ndcg(r, k, "exponential"), r"\frac{\sum_{\rho\le K}(2^{g_\rho}-1)/\log_2(\rho+1)}{\text{ideal}}", _BURGES)}
+        "ndcg_exp": (lambda r, k: _ndcg(r, k, "exponential"), r"\frac{\sum_{\rho\le K}(2^{g_\rho}-1)/\log_2(\rho+1)}{\text{ideal}}",
+                     _BURGES)}
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #ad497dda
 ON_RANKING: "dict[str, Callable]" = {}  # id of a retrieval metric -> the function on a Ranking
@@ -331,16 +337,20 @@ def metrics_at(
     for name, (f, formula, source) in _CUT.items():
         ids.append(f"{name}_at_{k}@1")
         if ids[-1] not in ON_RANKING:
-            _enter(ids[-1], lambda r, f=f: f(r, k), f"{name} of the top {k}.", formula=formula.replace("K", str(k)), source=source, **_SHARE)
+            _enter(ids[-1], lambda r, f=f: f(r, k), f"{name} of the top {k}.", formula=formula.replace("K", str(k)), source=source,
+                   **_SHARE)
     return ids
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #05182bb6
 _enter("ap@1", _ap, "Average precision of the whole list.", formula=r"\frac1R\sum_i\frac{i}{\rho_i}", source=_BOOK, **_SHARE)
-_enter("ndcg@1", _ndcg, "NDCG of the whole list, linear gain.", formula=r"\frac{\sum_\rho g_\rho/\log_2(\rho+1)}{\text{ideal}}", source=_JK, **_SHARE)
+_enter("ndcg@1", _ndcg, "NDCG of the whole list, linear gain.", formula=r"\frac{\sum_\rho g_\rho/\log_2(\rho+1)}{\text{ideal}}",
+       source=_JK, **_SHARE)
 _enter("ndcg_exp@1", lambda r: _ndcg(r, None, "exponential"), "NDCG of the whole list, exponential gain.",
        formula=r"\frac{\sum_\rho (2^{g_\rho}-1)/\log_2(\rho+1)}{\text{ideal}}", source=_BURGES, **_SHARE)
-_enter("reciprocal_rank@1", _reciprocal_rank, "One over the rank of the best right candidate.", formula=r"1/\rho_1", source="Voorhees 1999 (TREC-8)" + _TIES, **_SHARE)
-_enter("first_rank@1", _first_rank, "Rank of the best right candidate.", formula=r"\rho_1", source=_BOOK, unit="rank", low=1.0, high=np.inf, better="lower", **_COMMON)
+_enter("reciprocal_rank@1", _reciprocal_rank, "One over the rank of the best right candidate.", formula=r"1/\rho_1",
+       source="Voorhees 1999 (TREC-8)" + _TIES, **_SHARE)
+_enter("first_rank@1", _first_rank, "Rank of the best right candidate.", formula=r"\rho_1", source=_BOOK, unit="rank", low=1.0,
+       high=np.inf, better="lower", **_COMMON)
 _enter("ap_normalised@1", _ap_normalised, "Average precision with chance at 0.", formula=r"(\mathrm{AP}-E[\mathrm{AP}])/(1-E[\mathrm{AP}])",
        source="Kalinin et al. 2025, doi:10.1038/s41467-025-60306-2 (software copairs); chance by Bestgen 2015, doi:10.1515/pralin-2015-0007",
        kind="retrieval", unit="none", low=-np.inf, high=1.0, better="higher", null=0.0, undefined="no right or no wrong candidate for the query")
@@ -357,7 +367,8 @@ class Retrieval:
     def table(self) -> pd.DataFrame:
         "Mean, median and chance of each metric over the queries that have a value, with their n."
         v, c = self.values, self.chance
-        return pd.DataFrame({"value": v.mean(), "chance": c.where(v.notna()).mean(), "median": v.median(), "n": v.notna().sum(), "n_undefined": v.isna().sum()}).rename_axis("id")
+        return pd.DataFrame({"value": v.mean(), "chance": c.where(v.notna()).mean(), "median": v.median(), "n": v.notna().sum(),
+                             "n_undefined": v.isna().sum()}).rename_axis("id")
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #708e7d55
 def chosen(
@@ -365,9 +376,11 @@ def chosen(
     k: "Sequence[int]" = (1, 5, 10),  # cut-offs, if no metrics are given
 ) -> list:  # ids
     "The ids of retrieval metrics that are meant."
-    if metrics is None: return ["ap@1", "ap_normalised@1", "ndcg@1", "ndcg_exp@1", "reciprocal_rank@1", "first_rank@1", *(i for x in k for i in metrics_at(x))]
+    if metrics is None: return ["ap@1", "ap_normalised@1", "ndcg@1", "ndcg_exp@1", "reciprocal_rank@1", "first_rank@1",
+                                *(i for x in k for i in metrics_at(x))]
     ids = [find_metric(m).id for m in metrics]
-    if odd := [i for i in ids if i not in ON_RANKING]: raise InputError(f"metric {odd[0]}", "a retrieval metric", nearest(odd[0], ON_RANKING))
+    if odd := [i for i in ids if i not in ON_RANKING]:
+        raise InputError(f"metric {odd[0]}", "a retrieval metric", nearest(odd[0], ON_RANKING))
     if not ids: raise InputError("no metric", "at least one id", "see metric_table('retrieval')")
     return ids
 

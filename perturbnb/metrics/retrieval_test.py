@@ -25,9 +25,12 @@ def ap_null(
     seed: int = 0,  # of the draws
 ) -> np.ndarray:  # average precision of each random order, in the order drawn; read-only
     "Average precision of random lists."
-    if not 1 <= n_relevant <= n_candidates: raise InputError(f"{n_relevant} right of {n_candidates} candidates", "1 to all of them", "leave queries without a right candidate out")
+    if not 1 <= n_relevant <= n_candidates:
+        raise InputError(f"{n_relevant} right of {n_candidates} candidates", "1 to all of them",
+                         "leave queries without a right candidate out")
     if n_draws < 1: raise InputError(f"{n_draws} draws", "at least 1", "10,000 is a good number")
-    draw, out, step = rng(seed, "retrieval.ap_null", str(n_relevant), str(n_candidates)), np.empty(n_draws), max(1, 2_000_000 // n_candidates)
+    draw, out, step = rng(seed, "retrieval.ap_null", str(n_relevant), str(n_candidates)), np.empty(n_draws), max(1,
+        2_000_000 // n_candidates)
     for i in range(0, n_draws, step):
         keys = draw.random((min(step, n_draws - i), n_candidates))
         ranks = np.sort(np.argpartition(keys, n_relevant - 1, axis=1)[:, :n_relevant], axis=1) + 1
@@ -50,7 +53,9 @@ def ap_p_values(
 ) -> np.ndarray:  # 1/(n_draws + 1) to 1 for each query; NaN where AP is
     "Chance of a random list to do at least as well."
     ap, counts = np.asarray(ap, dtype=float), np.c_[n_relevant, n_candidates]
-    if len(ap) != len(counts): raise InputError(f"{len(ap)} values and {len(counts)} pairs of counts", "one pair for each query", "take all from the same Retrieval")
+    if len(ap) != len(counts):
+        raise InputError(f"{len(ap)} values and {len(counts)} pairs of counts", "one pair for each query",
+                         "take all from the same Retrieval")
     out = np.full(len(ap), np.nan)
     for i in np.flatnonzero(~np.isnan(ap)): out[i] = (_at_least(ap_null(*counts[i].tolist(), n_draws, seed), ap[i]) + 1) / (n_draws + 1)
     return out
@@ -74,18 +79,19 @@ def group_p_values(
     *,
     n_draws: int = 10_000,  # random orders for each pair of counts
     seed: int = 0,  # of the draws
-) -> pd.DataFrame:  # one row for each group: map, chance, n, n_undefined, p, p_corrected
+) -> pd.DataFrame:  # one row for each group: mean_ap, chance, n, n_undefined, p, p_corrected
     "Mean average precision of each group, with its p-value."
-    table = pd.DataFrame({"ap": np.asarray(ap, dtype=float), "r": np.asarray(n_relevant), "n": np.asarray(n_candidates), "group": np.asarray(groups)})
+    table = pd.DataFrame({"ap": np.asarray(ap, dtype=float), "r": np.asarray(n_relevant), "n": np.asarray(n_candidates),
+                          "group": np.asarray(groups)})
     rows = []
     for name, g in table.groupby("group", sort=True):
         has = g[g.ap.notna()]
-        row = {"group": name, "map": has.ap.mean(), "chance": np.nan, "n": len(has), "n_undefined": len(g) - len(has), "p": np.nan}
+        row = {"group": name, "mean_ap": has.ap.mean(), "chance": np.nan, "n": len(has), "n_undefined": len(g) - len(has), "p": np.nan}
         if len(has):
             null = np.mean([ap_null(int(r), int(n), n_draws, seed) for r, n in zip(has.r, has.n)], axis=0)
-            row.update(chance=null.mean(), p=(_at_least(null, row["map"]) + 1) / (n_draws + 1))
+            row.update(chance=null.mean(), p=(_at_least(null, row["mean_ap"]) + 1) / (n_draws + 1))
         rows.append(row)
-    out = pd.DataFrame(rows, columns=["group", "map", "chance", "n", "n_undefined", "p"])
+    out = pd.DataFrame(rows, columns=["group", "mean_ap", "chance", "n", "n_undefined", "p"])
     return out.assign(p_corrected=corrected(out.p))
 
 # %% ../../nbs/metrics/04c_retrieval_test.ipynb #e7349b3c
@@ -96,7 +102,9 @@ def _label_of_units(tables: list, label: str, unit: str) -> pd.Series:
             if c not in t: raise InputError(f"no column {c!r}", "a column of the metadata", nearest(c, t.columns))
     pairs = pd.concat([t[[unit, label]] for t in tables]).drop_duplicates().dropna(subset=[unit])
     twice = pairs[pairs.duplicated(unit, keep=False)]
-    if len(twice): raise InputError(f"{unit} {twice[unit].iloc[0]!r} with {label} {list(map(str, twice[label].iloc[:2]))}", f"one {label} for each {unit}", "mend the table, or join several labels with |")
+    if len(twice):
+        raise InputError(f"{unit} {twice[unit].iloc[0]!r} with {label} {list(map(str, twice[label].iloc[:2]))}",
+                         f"one {label} for each {unit}", "mend the table, or join several labels with |")
     pairs = pairs[[bool(labels(x)) for x in pairs[label]]]
     return pairs.set_index(unit)[label].sort_index()
 
@@ -119,16 +127,20 @@ def label_test(
 ) -> dict:  # id, value, chance, null_mean, null_sd, p, n, n_undefined, n_units, n_permutations
     "Is the mean of a metric higher than with labels dealt out to the units at random? (Lower, for a metric where lower is better.)"
     [id], s, tables = chosen([metric]), checked(scores, "scores", "candidates"), [t for t in (queries, candidates) if t is not None]
-    known, draw, better = _label_of_units(tables, label, unit), rng(seed, "retrieval.label_test"), 1 if METRICS[id].better == "higher" else -1
+    known, draw, better = _label_of_units(tables, label, unit), rng(seed,
+                                                                    "retrieval.label_test"), 1 if METRICS[id].better == "higher" else -1
     def result(new):
         y = relevance_rule(*(_relabelled(t, label, unit, new) for t in tables), same=label, **rules).dense()
-        if y.shape != s.shape: raise InputError(f"scores of shape {s.shape}", f"queries by candidates, {y.shape}", "align them with the metadata")
+        if y.shape != s.shape:
+            raise InputError(f"scores of shape {s.shape}", f"queries by candidates, {y.shape}", "align them with the metadata")
         return _ranking(-s, y)
     mean = lambda x: float(np.mean(x[~np.isnan(x)])) if not np.isnan(x).all() else np.nan
     seen, f = result(known), ON_RANKING[id]
     v = f(seen)
-    if np.isnan(v).all(): raise InputError("no query with a right candidate", f"two of the {unit}s with the same {label}", "look at the labels and the rules")
+    if np.isnan(v).all():
+        raise InputError("no query with a right candidate", f"two of the {unit}s with the same {label}", "look at the labels and the rules")
     null = np.array([mean(f(result(pd.Series(draw.permutation(known.to_numpy()), known.index)))) for _ in range(n_permutations)])
     as_good = int((better * null >= better * mean(v) - 1e-12).sum() + np.isnan(null).sum())
-    return {"id": id, "value": mean(v), "chance": mean(f(chance_ranking(seen))), "null_mean": np.nanmean(null), "null_sd": np.nanstd(null), "p": (as_good + 1) / (n_permutations + 1),
+    return {"id": id, "value": mean(v), "chance": mean(f(chance_ranking(seen))), "null_mean": np.nanmean(null),
+            "null_sd": np.nanstd(null), "p": (as_good + 1) / (n_permutations + 1),
             "n": int((~np.isnan(v)).sum()), "n_undefined": int(np.isnan(v).sum()), "n_units": len(known), "n_permutations": n_permutations}

@@ -52,10 +52,12 @@ def _distinct(candidates: np.ndarray) -> "tuple | None":
 def _codes(pair: tuple, shape: tuple, name: str) -> tuple:
     "Class numbers of queries and candidates, checked."
     a, b = (np.asarray(x) for x in pair)
-    if all(x.dtype.kind in "iu" and x.size and x.max() < 2 ** 31 and x.min() >= -1 for x in (a, b)): a, b = a.astype(np.int32), b.astype(np.int32)
+    if all(x.dtype.kind in "iu" and x.size and x.max() < 2 ** 31 and x.min() >= -1 for x in (a, b)):
+        a, b = a.astype(np.int32), b.astype(np.int32)
     for x, n, which in ((a, shape[0], "queries"), (b, shape[1], "candidates")):
         if x.shape != (n,) or (n and x.dtype.kind not in "iu"):
-            raise InputError(f"{name} with {x.dtype} of shape {x.shape} for the {which}", f"{n} whole numbers", "number the classes, -1 for unknown")
+            raise InputError(f"{name} with {x.dtype} of shape {x.shape} for the {which}", f"{n} whole numbers",
+                             "number the classes, -1 for unknown")
     return a, b
 
 def _blocks_of(relevance, shape: tuple) -> Callable:
@@ -65,7 +67,8 @@ def _blocks_of(relevance, shape: tuple) -> Callable:
         return lambda i, j: ((a[i:j, None] == b) & (a[i:j, None] >= 0)).view(np.int8)
     if hasattr(relevance, "tocsr"): relevance = relevance.tocsr()
     have = relevance.shape if hasattr(relevance, "shape") else np.shape(relevance)
-    if tuple(have) != shape: raise InputError(f"relevance of shape {tuple(have)}", f"queries by candidates, {shape}", "align it with the profiles")
+    if tuple(have) != shape:
+        raise InputError(f"relevance of shape {tuple(have)}", f"queries by candidates, {shape}", "align it with the profiles")
     if isinstance(relevance, Relevance): return relevance.rows
     if hasattr(relevance, "tocsr"): return lambda i, j: checked_relevance(relevance[i:j].toarray())
     y = np.asarray(relevance)
@@ -90,11 +93,13 @@ def _checked_search(queries, candidates, similarity: str, block: int, dtype: str
     "Shape of the search and the function that scores a block."
     if similarity not in SIMILARITIES: raise InputError(f"similarity {similarity!r}", "a known one", nearest(similarity, SIMILARITIES))
     if dtype not in ("float32", "float64"): raise InputError(f"dtype {dtype!r}", "float32 or float64", "float32 is twice as fast")
-    if not (isinstance(block, (int, np.integer)) and block >= 1): raise InputError(f"block {block!r}", "a whole number of 1 or more", "512 is a good one")
+    if not (isinstance(block, (int, np.integer)) and block >= 1):
+        raise InputError(f"block {block!r}", "a whole number of 1 or more", "512 is a good one")
     c = checked(candidates, "candidates")
     if len(c) == 0: raise InputError("no candidates", "at least one", "check how they were selected")
     if np.ndim(queries) != 2 or queries.shape[1] != c.shape[1]:
-        raise InputError(f"queries of shape {np.shape(queries)} and candidates of shape {c.shape}", "the same genes", "align both on the same names")
+        raise InputError(f"queries of shape {np.shape(queries)} and candidates of shape {c.shape}", "the same genes",
+                         "align both on the same names")
     return (len(queries), len(c)), _scorer(c, similarity, dtype)
 
 # %% ../../nbs/metrics/04b_retrieve.ipynb #901ebee0
@@ -118,7 +123,9 @@ def retrieve(
     for i in range(0, max(shape[0], 1), block):
         j = min(i + block, shape[0])
         s, y = score(queries[i:j]), right(i, j)
-        if not np.isfinite(s).all(): raise InputError(f"scores of query {i + np.argwhere(~np.isfinite(s))[0][0]} that are not finite", "finite profiles of moderate size", "drop the query for all models alike, or mend it")
+        if not np.isfinite(s).all():
+            raise InputError(f"scores of query {i + np.argwhere(~np.isfinite(s))[0][0]} that are not finite",
+                             "finite profiles of moderate size", "drop the query for all models alike, or mend it")
         if groups is not None: y = np.where((groups[0][i:j, None] == groups[1]) & (groups[0][i:j, None] >= 0), LEFT_OUT, y)
         parts.append(_ranking(s, y))
         if j == shape[0] or sum(len(r.query) for r in parts) > 500_000: done, parts = [*done, measured(_joined(parts), ids)], []
