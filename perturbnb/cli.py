@@ -56,22 +56,45 @@ def simulate(
 
 # %% ../nbs/cli.ipynb #822e61ad
 def check_path(
-    path: "str | Path",  # a report, a signature table, a Tahoe release, or a table of pair counts
+    path: "str | Path",  # a report, model, signature table, split, Tahoe release, or a table of pair counts
 ) -> str:  # one line: what it is, and its size
     "Read a file or folder with every check on; an error with a cure if anything is wrong."
-    path = Path(path)
-    if not path.exists(): raise MissingFile(f"no file or folder {path}", "a report, signature table, release or count table", "check the path")
-    if path.is_dir() and (path / "results.json").is_file(): return _check_report(path)
-    if path.is_dir() and (path / "metadata").is_dir(): return _check_release(path)
+    path, holds = Path(path), lambda *names: any((path / n).exists() for n in names)
+    if not path.exists():
+        raise MissingFile(f"no file or folder {path}", "a report, model, signature table, split, release or count table", "check the path")
+    if holds("results.json"): return _check_report(path)
+    if holds("config.json", "weights.safetensors"): return _check_model(path)
+    if holds("metadata"): return _check_release(path)
     if path.suffix == ".h5ad":
         from perturbnb.data.schema import read
         return "{}: a signature table of {} signatures x {} genes".format(path, *read(path).shape)
+    if path.suffix == ".parquet" and _is_split(path): return _check_split(path)
     if path.suffix in (".csv", ".parquet"):
         from perturbnb.data.tahoe import check_controls, read_pair_counts
         check_controls(pairs := read_pair_counts(path))
         return f"{path}: a table of {len(pairs):,} pairs; every line has control cells"
-    raise InputError(f"{path} is none of the kinds that can be checked", "a report, a .h5ad signature table, a release or a count table", "check the path")
+    raise InputError(f"{path} is none of the kinds that can be checked", "a report, a model, a .h5ad signature table, a split, a release or a count table",
+                     "check the path")
 
+# %% ../nbs/cli.ipynb #d0166667
+def _check_model(path: Path) -> str:
+    from perturbnb.models.base import check_model
+    return f"{path}: {check_model(path)}"
+
+def _is_split(path: Path) -> bool:
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read as Parquet ({type(e).__name__})", "a whole Parquet file", "copy or write it again") from e
+    return b"perturbnb_split" in (schema.metadata or {}) or {"part", "stratum"} <= set(schema.names)
+
+def _check_split(path: Path) -> str:
+    from perturbnb.data.split import load
+    split = load(path)
+    sizes = ", ".join(f"{part} {n:,}" for part, n in split.sizes().items())
+    return f"{path}: a split by {split.name}, seed {split.seed}: {sizes}; hash {split.hash[:12]}… as recorded"
+
+# %% ../nbs/cli.ipynb #292d4dda
 def _check_report(path: Path) -> str:
     from perturbnb.core import ChangedFile, file_hash, files_below, recorded_hashes
     from perturbnb.report.results import read_result
@@ -92,7 +115,7 @@ def _check_release(path: Path) -> str:
     return f"{path}: a Tahoe release with {len(tahoe.shards(path))} shard(s), {cells['n_cells'].sum():,} cells and its four tables, every cell checked"
 
 @app.command(epilog="Example: perturbnb check reports/demo/imbalance")
-def check(path: Annotated[Path, typer.Argument(help="A report folder, a .h5ad signature table, a release folder, or a table of pair counts.")]):
+def check(path: Annotated[Path, typer.Argument(help="A report or model folder, a .h5ad signature table, a split, a release folder, or a table of pair counts.")]):
     "Is it valid, and if not, what is wrong?"
     print(check_path(path))
 
