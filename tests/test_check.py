@@ -128,3 +128,43 @@ def test_help_imports_nothing_heavy():
             "print(sorted({'torch', 'sklearn', 'rdkit', 'numpy', 'pandas', 'pyarrow', 'anndata'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_metrics_lists_the_whole_registry(cli, fails):
+    "Every metric that any module of the package enters is listed once, with its fields."
+    import importlib
+    import pkgutil
+
+    import perturbnb.metrics
+    from perturbnb.metrics.registry import metric_table
+    done = cli("metrics")
+    assert done.returncode == 0, done.stderr
+    for m in pkgutil.iter_modules(perturbnb.metrics.__path__): importlib.import_module(f"perturbnb.metrics.{m.name}")
+    table = metric_table()
+    table = table[[f.__module__.startswith("perturbnb.") for f in (perturbnb.metrics.registry.METRICS[i].fn for i in table.index)]]
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if "@" in line}
+    assert sorted(lines) == sorted(table.index) and done.stdout.count("@") == len(lines)
+    for i, m in table.iterrows(): assert m.better in lines[i] and lines[i].endswith(m.undefined) and f" {m.unit} " in lines[i]
+    assert "0 to 1" in lines["centroid_accuracy@1"] and " 0.5 " in lines["centroid_accuracy@1"] and " data " in lines["mse@1"]
+    assert [line.split()[0] for line in cli("metrics", "distribution").stdout.splitlines() if "@" in line] == list(metric_table("distribution").index)
+    fails("metrics", "efect", words=["did you mean 'effect'"])
+
+
+def test_splits_lists_every_rule_with_its_promise(cli, fails):
+    from perturbnb.data.audit import EXTRA
+    from perturbnb.data.split import SPLITS
+    done = cli("splits")
+    assert done.returncode == 0, done.stderr
+    blocks = {b.split(":")[0]: b for b in done.stdout.strip().split("\n\n")}
+    assert list(blocks) == list(SPLITS)
+    for name, b in blocks.items():
+        assert SPLITS[name].__doc__ in b and "proved by the audit: " in b and "options: " in b and EXTRA.get(name, "") in b and "{" not in b
+    assert "proved by the audit: nothing" in blocks["random_rows"]
+    assert "no perturbation, no structure, no well (where recorded) in two parts" in blocks["grouped_well"]
+    assert cli("splits", "donor").stdout.strip() == blocks["donor"]
+    fails("splits", "unseendrug", words=["did you mean 'unseen_drug'"])
+
+
+@pytest.mark.parametrize("command, example", [("metrics", "perturbnb metrics effect"), ("splits", "perturbnb splits unseen_drug")])
+def test_help_has_an_example(cli, command, example):
+    assert f"Example: {example}" in cli(command, "--help").stdout and f"\n  {command} " in cli("--help").stdout
