@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from perturbnb.core import InputError, rng
+from perturbnb.core import ChangedFile, InputError, rng
 from perturbnb.models import connectivity as c
+from perturbnb.models.base import check_model, example_table, load_model
 
 
 def slow_es(z, members):
@@ -151,3 +152,47 @@ def test_refusals_are_one_clear_line(call, words):
     with pytest.raises(InputError) as e: call()
     assert "\n" not in str(e.value)
     for w in words: assert w in str(e.value), str(e.value)
+
+
+def library(seed=10, n_drugs=8, n_genes=240):
+    "Drugs in five lines."
+    draw = rng(seed, "test_connectivity", "library")
+    mean = np.repeat(draw.normal(0, 1, (n_drugs, n_genes)), 5, axis=0)
+    return example_table(np.repeat([f"drug {i}" for i in range(n_drugs)], 5), mean + draw.normal(0, 1, mean.shape), [f"L{i}" for i in range(5)] * n_drugs)
+
+
+@pytest.mark.parametrize("settings", [{"method": m} for m in c.METHODS] + [{"method": "lamb", "scaled": True}, {"method": "xsum", "n_extreme": 7},
+                                      {"normalised": True, "groups": ["pert_type"]}, {"method": "cosine", "normalised": True, "groups": ["pert"]}])
+def test_the_model_keeps_the_contract(settings, tmp_path):
+    "The numbers of Connectivity whatever the order of rows and genes, the same after a reload, and a changed byte is refused."
+    table, draw = library(), rng(11, "test_connectivity")
+    ask = table[draw.permutation(table.n_obs)[:9]].copy()
+    model = c.ConnectivityModel(**settings, n_top=12)
+    got = model.fit(table).predict(ask)
+    plain = c.Connectivity(**{k: v for k, v in model.options.items() if k not in ("n_extreme", "scaled") or k in settings}).fit(table)
+    np.testing.assert_allclose(got, plain.predict(ask)[model.classes_], atol=1e-12)
+    mixed = table[draw.permutation(table.n_obs)][:, draw.permutation(table.n_vars)].copy()
+    np.testing.assert_allclose(type(model)(**model.options).fit(mixed).predict(ask), got, atol=1e-9)
+    again = load_model(model.save(tmp_path / "m"))
+    np.testing.assert_array_equal(again.predict(ask), got, strict=True)
+    assert again.classes_ == sorted(table.obs_names) and again.predict(ask[:0]).shape == (0, table.n_obs)
+    assert check_model(tmp_path / "m").startswith("sound model: connectivity (profile model), 240 genes")
+    weights = tmp_path / "m/weights.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(ChangedFile, match="SHA-256"): load_model(tmp_path / "m")
+
+
+def test_gene_sets_of_a_loaded_model(tmp_path):
+    table = library()
+    table.var["symbol"] = [f"S{i}" for i in range(table.n_vars)]
+    lists = {"q": ([f"S{i}" for i in range(15)], [f"S{i}" for i in range(50, 70)]), "up only": ([f"S{i}" for i in range(30)], [])}
+    again = load_model(c.ConnectivityModel().fit(table).save(tmp_path / "m"))
+    got = again.predict_sets(lists, "symbol")
+    pd.testing.assert_frame_equal(got, c.Connectivity().fit(table, "symbol").predict(lists)[again.classes_])
+    assert again.overlap.down_found.tolist() == [20, 0]
+    for call, words in ((lambda: again.predict_sets(lists), "0 of 15 up genes"), (lambda: again.predict_sets(lists, "sybol"), "did you mean 'symbol'"),
+                        (lambda: again.predict(table[:, :220]), "lacks 20 of 240 genes"), (lambda: c.ConnectivityModel(method="wtc"), "did you mean 'wtcs'"),
+                        (lambda: c.ConnectivityModel(normalised=True, groups=["line"]).fit(table), "no column 'line'")):
+        with pytest.raises(InputError) as e: call()
+        assert words in str(e.value) and "\n" not in str(e.value)

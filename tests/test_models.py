@@ -114,6 +114,38 @@ def test_equal_bytes_and_damage(fitted, tmp_path):
     np.testing.assert_array_equal(load_model(tmp_path / "b").predict(asked(model, test)), model.predict(asked(model, test)), strict=True)
 
 
+SALTS = {"butylamine": ["CCCCN", "CCCC[NH3+].[Cl-]", "CCCCN.OS(O)(=O)=O"], "benzoate": ["OC(=O)c1ccccc1Cl", "[Na+].[O-]C(=O)c1ccccc1Cl"]}
+
+
+@pytest.mark.parametrize("name", ["nearest_compound", "ridge_morgan", "zeros_drug"])
+def test_a_salt_is_its_parent(name):
+    "Written as salts in training, in the question or in both, the predictions and the notes are those of the parents."
+    base = {**SMILES, **{k: v[0] for k, v in SALTS.items()}}
+    r = rng(3, "tests.models.salts")
+    table = lambda smiles: example_table(list(smiles), effects, ["L1", "L2"] * 4, smiles=list(smiles.values()))
+    effects = r.normal(size=(len(base), 5))
+    salted = {**base, **{k: v[1] for k, v in SALTS.items()}}
+    strange = pd.DataFrame({"cell_line": "L1", "smiles": [*SALTS["butylamine"], *SALTS["benzoate"], "rubbish", None, np.nan, ""]})
+    want = baseline(name).fit(table(base))
+    out = want.predict(strange)
+    for group in (out[:3], out[3:5]): np.testing.assert_array_equal(group, np.repeat(group[:1], len(group), 0))
+    assert (want.notes.iloc[:5] == "").all() and want.notes.iloc[5:].str.startswith("no structure").all()
+    np.testing.assert_array_equal(baseline(name).fit(table(salted)).predict(strange), out)
+
+
+def test_bits_of_a_parent_are_those_of_rdkit():
+    "For structures without salt or charge the features are what RDKit makes of the text as written."
+    from rdkit import Chem
+    from rdkit.Chem import rdFingerprintGenerator
+    texts = [s for s in SMILES.values() if s] + [v[0] for v in SALTS.values()]
+    for radius, n_bits in ((2, 2048), (3, 512)):
+        make = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=n_bits)
+        model = baseline("ridge_morgan", radius=radius, n_bits=n_bits)
+        bits, has = model._bits(pd.DataFrame({"smiles": texts}))
+        assert has.all()
+        np.testing.assert_array_equal(bits, [make.GetFingerprintAsNumPy(Chem.MolFromSmiles(s)) for s in texts])
+
+
 def test_a_fresh_process_finds_the_class(tmp_path):
     "No module of a model is imported beforehand, and importing the registry loads no heavy package."
     baseline("ridge_morgan").fit(drugs(0)).save(tmp_path / "m")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORRELATIONS', 'MIN_REFERENCE', 'METHODS', 'Queries', 'gene_sets', 'common_genes', 'top_genes', 'enrichment', 'wtcs',
-           'lamb', 'xsum', 'correlation', 'normalise', 'tau', 'summarise', 'random_sets', 'p_values', 'Connectivity']
+           'lamb', 'xsum', 'correlation', 'normalise', 'tau', 'summarise', 'random_sets', 'p_values', 'Connectivity',
+           'ConnectivityModel']
 
 # %% ../../nbs/models/06_connectivity.ipynb #60cd6421
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, nearest, rng
+from .base import Model
 
 # %% ../../nbs/models/06_connectivity.ipynb #dab75adf
 class Queries(NamedTuple):
@@ -447,3 +449,71 @@ def predict(
                 raise InputError(f"no column {c!r} in the library's obs", "columns that make the groups", nearest(c, self.obs))
         scores, self.means = normalise(scores, self.obs[self.groups])
     return pd.DataFrame(scores, self.overlap.index, self.obs.index)
+
+# %% ../../nbs/models/06_connectivity.ipynb #1e0aeb5f
+class ConnectivityModel(Model):
+    "Scores library signatures as mimics (positive) or reversals (negative) of a profile."
+    name, input = "connectivity", "profile"
+    def __init__(
+        self,
+        *,
+        method: str = "wtcs",  # one of METHODS
+        n_top: int = 50,  # up and down genes taken from a profile
+        normalised: bool = False,  # divide by the mean of same-signed scores in the groups
+        groups: "Sequence[str]" = ("cell_line", "pert_type"),  # columns of the library's obs
+        min_overlap: int = 10,  # genes of a set that the library must have
+        n_extreme: int = 100,  # of xsum: values kept at each end
+        scaled: bool = False,  # of lamb: divide by the largest score of the query
+    ):
+        if method not in METHODS: raise InputError(f"method={method!r}", ", ".join(METHODS), nearest(method, METHODS))
+        super().__init__(method=method, n_top=int(n_top), normalised=bool(normalised), groups=list(groups), min_overlap=int(min_overlap),
+                         n_extreme=int(n_extreme), scaled=bool(scaled))
+
+    @property
+    def classes_(self) -> list:  # the candidates, in the order of the columns of predict
+        "The names of the library's signatures."
+        return self.names["classes"]
+
+# %% ../../nbs/models/06_connectivity.ipynb #225a5a8f
+def _fit_library(self, train, val):
+    kept = self.options["groups"] if self.options["normalised"] else []
+    for c in kept:
+        if c not in train.obs: raise InputError(f"no column {c!r} in train.obs", "columns that make the groups", nearest(c, train.obs.columns))
+        for row in train.obs_names[train.obs[c].isna()][:1]:
+            raise InputError(f"row {row!r} has no {c}", "a value in each row", "fill it in, drop the row, or name other groups")
+    self.arrays["library"] = train.X
+    self.names.update(classes=train.obs_names.tolist(), groups={c: train.obs[c].astype(str).tolist() for c in kept})
+
+def _library(self, genes: Sequence) -> Connectivity:
+    "The library as a Connectivity, its genes called `genes`."
+    own = {"xsum": ["n_extreme"], "lamb": ["scaled"]}.get(self.options["method"], [])
+    keys = ["method", "n_top", "normalised", "groups", "min_overlap", *own]
+    out = Connectivity(min_common=1, **{k: self.options[k] for k in keys})
+    out.library, out.gene_column, out.genes = self.arrays["library"], None, _library_genes(genes)
+    out.obs = pd.DataFrame(self.names["groups"], index=pd.Index(self.classes_))
+    return out
+
+def _predict_library(self, x):
+    import anndata as ad
+    if not len(x): return np.zeros((0, len(self.classes_))), []
+    scores = _library(self, self.genes).predict(ad.AnnData(x, var=pd.DataFrame(index=self.genes))).to_numpy()
+    lost = np.isnan(scores).sum(1)
+    return scores, [f"no score for {n} of {scores.shape[1]} candidates" if n else "" for n in lost]
+
+ConnectivityModel._fit, ConnectivityModel._predict = _fit_library, _predict_library
+
+# %% ../../nbs/models/06_connectivity.ipynb #5453116a
+@patch
+def predict_sets(
+    self: ConnectivityModel,
+    queries: Mapping,  # name -> (up genes, down genes); one of the two may be empty
+    gene_column: "str | None" = None,  # column of var that names the genes, such as symbol; the gene ids if not given
+) -> pd.DataFrame:  # queries by classes_; positive is mimic, negative is reverse
+    "The score of each query of gene sets with each library signature; `overlap` then says how many genes were found."
+    if self.var is None: raise InputError("connectivity is not fitted", "a fitted or loaded model", "call fit first")
+    if gene_column is not None and gene_column not in self.var:
+        raise InputError(f"no column {gene_column!r} in var", "a column of gene names", nearest(gene_column, self.var))
+    library = _library(self, self.genes if gene_column is None else self.var[gene_column])
+    out = library.predict(queries)
+    self.overlap = library.overlap
+    return out
