@@ -1507,6 +1507,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'perturbnb/report/calibration_words.py'),
                                                     'perturbnb.report.calibration_words.metric_rows': ( 'report/calibration_words.html#metric_rows',
                                                                                                         'perturbnb/report/calibration_words.py'),
+                                                    'perturbnb.report.calibration_words.most_expressed': ( 'report/calibration_words.html#most_expressed',
+                                                                                                           'perturbnb/report/calibration_words.py'),
                                                     'perturbnb.report.calibration_words.record': ( 'report/calibration_words.html#record',
                                                                                                    'perturbnb/report/calibration_words.py'),
                                                     'perturbnb.report.calibration_words.unit_rows': ( 'report/calibration_words.html#unit_rows',
