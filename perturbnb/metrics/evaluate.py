@@ -114,11 +114,13 @@ def evaluate(
     obs: "pd.DataFrame | None" = None,  # describes the rows; needed for by and groups
     by: "Sequence[str]" = (),  # columns of obs to report by as well
     groups: "str | None" = None,  # column of obs: rows with one value share their luck (drug, gene, plate)
+    average: str = "micro",  # micro: rows count alike; macro: the groups do
     n_boot: int = 2000, seed: int = 0,  # of the intervals
     **context,  # what single metrics ask for: reference, weights, deg, n_top, target_index
 ) -> Evaluation:
     "Every metric of every prediction with its interval, and every model against every baseline."
     lines, real, by = audit_lines(audit), as_table(real, "real"), [by] if isinstance(by, str) else list(by)
+    if average == "macro" and groups is None: raise InputError("average='macro' without groups", "a column of obs whose values count alike", "name it in groups=")
     if not predictions: raise InputError("no prediction", "at least one, {name: table}", "pass what the models predicted")
     for n in (*baselines, *controls):
         if n not in predictions: raise InputError(f"baseline {n!r}", "the name of a prediction", nearest(n, predictions))
@@ -128,6 +130,6 @@ def evaluate(
     for name, table in predictions.items():
         values = score_rows(ids, real.to_numpy(), aligned(as_table(table, name), real, name).to_numpy(), index=real.index, **context)
         parts.append(pd.concat([about, values], axis=1).rename_axis("name").reset_index().assign(model=name))
-    rows, options = pd.concat(parts, ignore_index=True), dict(n_boot=n_boot, seed=seed)
+    rows, options = pd.concat(parts, ignore_index=True), dict(average=average, n_boot=n_boot, seed=seed)
     kinds = {n: "control" if n in controls else "baseline" if n in baselines else "model" for n in predictions}
     return Evaluation(rows, _summary(rows, ids, kinds, by, groups, **options), _differences(rows, ids, list(baselines), by, groups, **options), lines)
