@@ -256,6 +256,7 @@ def read_perturbseq(
     if pert_type not in ("crispra", "crispri", "crispr_ko"):
         raise InputError(f"pert_type={pert_type!r}", "crispra, crispri or crispr_ko",
                          nearest(pert_type, ["crispra", "crispri", "crispr_ko"]))
+    if not str(cell_line).strip(): raise InputError("an empty cell_line", "the line of these cells", "K562 for Norman 2019")
     path = verified(path)
     a = _open(path)
     obs, var = _cells(a, label, sep, cell_line, pert_type, batch), _gene_table(a.var)

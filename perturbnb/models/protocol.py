@@ -91,8 +91,9 @@ def run_protocol(
 ) -> "tuple[pd.DataFrame, dict]":  # rows: protocol, seed, part, pert, model, the ids, note; and seed -> (split, audit)
     "Every model on the held-out pairs of every seed, under both protocols."
     from tqdm import tqdm
-    out, splits, obs = [], {}, effects["all"].obs
-    for seed in tqdm(list(seeds), desc="splits", disable=not progress, delay=2):
+    out, splits, obs, seeds = [], {}, effects["all"].obs, list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds): raise InputError(f"seeds {seeds}", "at least one, each once", "1 to 5 are the published ones")
+    for seed in tqdm(seeds, desc="splits", disable=not progress, delay=2):
         s = split("doubles", obs, seed)
         splits[seed] = s, audit(s, obs)
         held = s.mask(obs, "test") | s.mask(obs, "val")
