@@ -43,10 +43,10 @@ def list_(analysis: Annotated[Optional[str], typer.Argument(help="Only this anal
 def _bound(x: float) -> str: return {"inf": "∞", "-inf": "−∞"}.get(str(x), f"{x:g}".replace("-", "−"))
 
 @app.command(epilog="Example: perturbnb metrics effect")
-def metrics(kind: Annotated[Optional[str], typer.Argument(help="Only this kind: effect, distribution, discrimination or retrieval.")] = None):
+def metrics(kind: Annotated[Optional[str], typer.Argument(help="Only this kind: effect, distribution, discrimination, retrieval, classification or calibration.")] = None):
     "Every metric: its versioned id, direction, range, null, unit, and when it is undefined."
     from perturbnb.core import nearest
-    from perturbnb.metrics import discrimination, distribution, effect, retrieval  # entered into the registry
+    from perturbnb.metrics import classify, discrimination, distribution, effect, retrieval  # entered into the registry
     from perturbnb.metrics.registry import KINDS, metric_table
     kinds = [k for k in KINDS if len(metric_table(k))]
     if kind not in (None, *kinds): raise InputError(f"kind {kind!r}", f"one of {', '.join(kinds)}", nearest(kind, kinds))

@@ -68,7 +68,7 @@ def metric(
         if problem := _metric_problem(new): raise InputError(*problem)
         if old is not None and not _same_function(old.fn, fn):
             raise InputError(f"{id} is taken by {old.fn.__qualname__}", "an id of its own", "a changed definition gets the next version")
-        METRICS[id] = new
+        if old is None or fn.__module__ != "__main__" or old.fn.__module__ == "__main__": METRICS[id] = new  # the package wins over its page
         return fn
     return add
 
