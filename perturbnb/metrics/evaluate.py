@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import InputError, nearest
 from . import discrimination, effect  # entered into the registry
 from .registry import find_metric, score_rows
-from .uncertainty import adjust_p, mean_interval, paired_difference
+from .uncertainty import adjust_p, mean_interval, paired_difference, within
 
 # %% ../../nbs/metrics/09_evaluate.ipynb #f8750c69
 def as_table(
@@ -42,13 +42,15 @@ def aligned(
 
 # %% ../../nbs/metrics/09_evaluate.ipynb #7af7913b
 def audit_lines(
-    audit: "Audit | Sequence[str] | str",  # the result of data.audit.audit, or its sentences, or one sentence
+    audit: "Audit | Sequence[str] | str",  # the result of data.audit.audit; or sentences, which are marked as not audited
 ) -> tuple:  # the sentences
     "What was proved about the split; `InputError` if nothing was."
-    lines = getattr(audit, "lines", audit)
-    lines = [lines] if isinstance(lines, str) else list(lines() if callable(lines) else lines or ())
-    if lines and all(isinstance(l, str) and l.strip() for l in lines): return tuple(lines)
-    raise InputError("no audit of the split", "the result of data.audit.audit, or a sentence that says why there is no split",
+    lines = getattr(audit, "lines", None)
+    if lines is not None: return tuple(lines)
+    lines = [audit] if isinstance(audit, str) else audit if isinstance(audit, (list, tuple)) else []
+    if lines and all(isinstance(l, str) and l.strip() for l in lines): return tuple(f"not audited: {l}" for l in lines)
+    came = "no audit of the split" if audit is None or isinstance(audit, (str, list, tuple)) else f"a {type(audit).__name__} in place of an audit"
+    raise InputError(came, "the result of data.audit.audit(split, data), or a sentence that says why there is no split",
                      "audit the split first: a number from an unaudited split is not computed")
 
 # %% ../../nbs/metrics/09_evaluate.ipynb #cc7ad54f
@@ -61,6 +63,12 @@ class Evaluation:
     summary: pd.DataFrame  # id, model, kind, stratum, value, low, high, n, n_groups, n_undefined, value_at_null, note
     differences: pd.DataFrame  # id, model, baseline, stratum, difference, low, high, p, p_adjusted, n, n_groups, note
     audit: tuple  # sentences
+    left_out: tuple = ()  # rows that some model could not predict, with missing="common"
+
+    def __repr__(self) -> str:
+        whole = self.summary[self.summary.stratum == "all"]
+        return f"Evaluation: {self.rows.name.nunique()} rows, {whole.model.nunique()} models, {len(self.left_out)} rows left out\n" + whole[
+            ["id", "model", "value", "low", "high", "n"]].round(4).to_string(index=False)
 
 def _strata(rows: pd.DataFrame, by: "Sequence[str]") -> list:
     "(name, rows) of all and of each value of each column."
@@ -74,24 +82,26 @@ def _summary(rows: pd.DataFrame, ids: list, kinds: dict, by, groups, **options) 
     for stratum, part in _strata(rows, by):
         for (model, one), i in ((x, i) for x in part.groupby("model", sort=False) for i in ids):
             null, labels = find_metric(i).null, None if groups is None else one[groups]
-            e = mean_interval(one[i], labels, **options)
+            e = within(mean_interval(one[i], labels, **options), find_metric(i).low, find_metric(i).high)
             at_null = one[i].mean() if not e.n_left_out else np.nan if null is None else one[i].fillna(null).mean()
             out.append(dict(id=i, model=model, kind=kinds[model], stratum=stratum, value=e.value, low=e.low, high=e.high, n=e.n, n_groups=e.n_groups,
                             n_undefined=e.n_left_out, value_at_null=at_null, note=e.note))
     return pd.DataFrame(out)
 
-def _differences(rows: pd.DataFrame, ids: list, baselines: list, by, groups, **options) -> pd.DataFrame:
+def _differences(rows: pd.DataFrame, ids: list, baselines: list, controls: list, by, groups, **options) -> pd.DataFrame:
     "Paired differences of every other model with every baseline."
-    columns = ["id", "model", "baseline", "stratum", "difference", "low", "high", "p", "n", "n_groups", "note"]
+    columns = ["id", "model", "baseline", "stratum", "difference", "low", "high", "p", "n", "n_filled", "n_groups", "note"]
     out, models = [], [m for m in rows.model.unique() if m not in baselines]
     for stratum, part in _strata(rows, by):
         named, labels = part.set_index("name"), None if groups is None else part.drop_duplicates("name").set_index("name")[groups]
         for i, m, b in ((i, m, b) for i in ids for m in models for b in baselines):
             x, y = (named.loc[named.model == k, i] for k in (m, b))
-            e = paired_difference(x, y, labels, null=find_metric(i).null, **options)
-            out.append(dict(zip(columns, (i, m, b, stratum, e.value, e.low, e.high, e.p, e.n, e.n_groups, e.note))))
+            e = within(paired_difference(x, y, labels, null=find_metric(i).null, **options), find_metric(i).low - find_metric(i).high,
+                       find_metric(i).high - find_metric(i).low)
+            out.append(dict(zip(columns, (i, m, b, stratum, e.value, e.low, e.high, e.p, e.n, e.n_filled, e.n_groups, e.note))))
     table = pd.DataFrame(out, columns=columns)
-    return table.assign(p_adjusted=adjust_p(table.p.to_numpy(float)))
+    family = table.p.where(table.low.notna() & ~table.model.isin(controls)).to_numpy(float)  # what can be told, and is a question
+    return table.assign(p_adjusted=adjust_p(family))
 
 # %% ../../nbs/metrics/09_evaluate.ipynb #815a8dae
 def _obs_columns(obs: "pd.DataFrame | None", names: pd.Index, needed: list) -> pd.DataFrame:
@@ -103,33 +113,77 @@ def _obs_columns(obs: "pd.DataFrame | None", names: pd.Index, needed: list) -> p
     for n in names.difference(obs.index)[:1]: raise InputError(f"obs has no row {n!r}", "a row for each observation", "index obs like the observations")
     return obs.loc[names, list(dict.fromkeys(needed))]
 
+def _independent(obs: "pd.DataFrame | None", names: pd.Index, groups) -> None:
+    "An error where rows of one perturbation would count as independent."
+    if groups is not None or obs is None or "pert" not in obs or not names.isin(obs.index).all(): return
+    n = obs.loc[names, "pert"].nunique()
+    if n < len(names): raise InputError(f"{len(names)} rows of {n} perturbations and no groups", "rows that share their luck named", "say groups='pert' (or another column), or groups=False if each row is independent")
+
+def _by_name(value, real: pd.DataFrame, name: str):
+    "A keyword of a metric in the order of the observations; arrays as they are."
+    if isinstance(value, pd.DataFrame): return aligned(as_table(value, name), real, name).to_numpy(value.dtypes.iloc[0])
+    if not isinstance(value, pd.Series): return value
+    for axis in (real.columns, real.index):
+        if value.index.is_unique and len(value) == len(axis) and axis.isin(value.index).all(): return value.loc[axis].to_numpy()
+    raise InputError(f"{name} with other names than the observations", "a value for each gene, or for each row", "index it like the genes or the rows")
+
+def _predicted(tables: dict, real: pd.DataFrame, missing: str) -> "tuple[dict, pd.Index]":
+    "Predictions in the order of the observations, and the rows that some model does not predict."
+    if missing not in ("raise", "common"): raise InputError(f"missing={missing!r}", "raise or common", nearest(missing, ["raise", "common"]))
+    found, gone = {n: aligned(as_table(t, n), real, n) for n, t in tables.items()}, pd.Index([])
+    for name, t in found.items():
+        none = t.index[t.isna().all(axis=1)]
+        if len(none) and missing == "raise":
+            raise InputError(f"{name!r} has no prediction for {none[0]} ({len(none)} of {len(t)} rows)", "a prediction of every row", "say missing='common' to leave such rows out for every model, and count them")
+        gone = gone.union(none)
+    return found, real.index[real.index.isin(gone)]
+
+def _names(x) -> list: return [x] if isinstance(x, str) else list(x)
+
+# %% ../../nbs/metrics/09_evaluate.ipynb #6aec17fb
 def evaluate(
     real: "pd.DataFrame | AnnData",  # observed effects, perturbations by genes
     predictions: dict,  # name of a model -> predicted effects, the same rows and genes
     *,
-    audit,  # what was proved about the split: the result of data.audit.audit, or sentences
-    baselines: "Sequence[str]" = (),  # names among the predictions to compare the others with
-    controls: "Sequence[str]" = (),  # names among the predictions that are controls, such as no change
-    metrics: "Sequence[str]" = DEFAULT_METRICS,  # ids or names
-    obs: "pd.DataFrame | None" = None,  # describes the rows; needed for by and groups
-    by: "Sequence[str]" = (),  # columns of obs to report by as well
-    groups: "str | None" = None,  # column of obs: rows with one value share their luck (drug, gene, plate)
+    audit,  # what was proved about the split: the result of data.audit.audit; or sentences, marked as not audited
+    baselines: "str | Sequence[str]" = (),  # names among the predictions to compare the others with
+    controls: "str | Sequence[str]" = (),  # names among the predictions that are controls, such as no change
+    metrics: "str | Sequence[str]" = DEFAULT_METRICS,  # ids or names of effect and discrimination metrics
+    obs: "pd.DataFrame | None" = None,  # describes the rows; that of an AnnData if not given
+    by: "str | Sequence[str]" = (),  # columns of obs to report by as well
+    groups: "str | Sequence[str] | bool | None" = None,  # column of obs: rows with one value share their luck; two columns if crossed; False: none do
+    missing: str = "raise",  # rows that a model does not predict: raise, or leave out for all (common)
     average: str = "micro",  # micro: rows count alike; macro: the groups do
     n_boot: int = 2000, seed: int = 0,  # of the intervals
     **context,  # what single metrics ask for: reference, weights, deg, n_top, target_index
 ) -> Evaluation:
     "Every metric of every prediction with its interval, and every model against every baseline."
-    lines, real, by = audit_lines(audit), as_table(real, "real"), [by] if isinstance(by, str) else list(by)
-    if average == "macro" and groups is None: raise InputError("average='macro' without groups", "a column of obs whose values count alike", "name it in groups=")
+    obs = obs if obs is not None else getattr(real, "obs", None)
+    lines, real, by, baselines, controls = audit_lines(audit), as_table(real, "real"), _names(by), _names(baselines), _names(controls)
+    if average == "macro" and not groups: raise InputError("average='macro' without groups", "a column of obs whose values count alike", "name it in groups=")
     if not predictions: raise InputError("no prediction", "at least one, {name: table}", "pass what the models predicted")
     for n in (*baselines, *controls):
         if n not in predictions: raise InputError(f"baseline {n!r}", "the name of a prediction", nearest(n, predictions))
-    ids = [find_metric(m).id for m in metrics]
-    about = _obs_columns(obs, real.index, by + ([groups] if groups else []))
-    parts = []
-    for name, table in predictions.items():
-        values = score_rows(ids, real.to_numpy(), aligned(as_table(table, name), real, name).to_numpy(), index=real.index, **context)
-        parts.append(pd.concat([about, values], axis=1).rename_axis("name").reset_index().assign(model=name))
-    rows, options = pd.concat(parts, ignore_index=True), dict(average=average, n_boot=n_boot, seed=seed)
+    found = [find_metric(m) for m in _names(metrics)]
+    for m in found:
+        if m.kind not in ("effect", "discrimination"): raise InputError(f"{m.id} is a {m.kind} metric", "effect or discrimination metrics", "call it itself, see perturbnb.metrics")
+    _independent(obs, real.index, groups)
+    groups = None if groups is False or groups is None else groups if isinstance(groups, str) else list(groups)
+    tables, gone = _predicted(predictions, real, missing)
+    about = _obs_columns(obs, real.index, by + ([] if groups is None else _names(groups)))
+    context = {k: _by_name(v, real, k) for k, v in context.items()}
+    rows = _rows(real, tables, gone, about, [m.id for m in found], context)
+    options = dict(average=average, n_boot=n_boot, seed=seed)
     kinds = {n: "control" if n in controls else "baseline" if n in baselines else "model" for n in predictions}
-    return Evaluation(rows, _summary(rows, ids, kinds, by, groups, **options), _differences(rows, ids, list(baselines), by, groups, **options), lines)
+    ids = [m.id for m in found]
+    return Evaluation(rows, _summary(rows, ids, kinds, by, groups, **options), _differences(rows, ids, baselines, controls, by, groups, **options), lines, tuple(gone))
+
+def _rows(real: pd.DataFrame, tables: dict, gone: pd.Index, about: pd.DataFrame, ids: list, context: dict) -> pd.DataFrame:
+    "Every value: rows that all models predict, by models."
+    keep, parts = ~real.index.isin(gone), []
+    if not keep.any(): raise InputError("no row that every model predicts", "at least one", "leave out the model that predicts nothing")
+    of = {k: v[keep] if np.ndim(v) and len(v) == len(real) and (np.ndim(v) == 2 or len(real) != real.shape[1]) else v for k, v in context.items()}
+    for name, t in tables.items():
+        values = score_rows(ids, real.to_numpy()[keep], t.to_numpy()[keep], index=real.index[keep], **of)
+        parts.append(pd.concat([about[keep], values], axis=1).rename_axis("name").reset_index().assign(model=name))
+    return pd.concat(parts, ignore_index=True)

@@ -80,7 +80,8 @@ def find_metric(
     if name in METRICS: return METRICS[name]
     versions = sorted((i for i in METRICS if i.split("@")[0] == name), key=lambda i: int(i.split("@")[1]))
     if versions: return METRICS[versions[-1]]
-    raise InputError(f"metric {name!r}", "the id of a metric", nearest(name, METRICS))
+    begin = sorted(i for i in METRICS if i.startswith(str(name)))
+    raise InputError(f"metric {name!r}", "the id of a metric", f"did you mean one of {', '.join(begin[:6])}?" if begin else nearest(name, METRICS))
 
 def metric_table(
     kind: "str | None" = None,  # only this kind

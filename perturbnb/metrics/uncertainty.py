@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_GROUPS', 'FEW_GROUPS', 'AVERAGES', 'METHODS', 'ADJUST', 'Estimate', 'metric_record', 'comparison_record',
            'mean_interval', 'simulate_groups', 'coverage_of', 'simulate_crossed', 'permutation_test',
-           'paired_difference', 'adjust_p', 'compare_all', 'bootstrap', 'ratio_interval', 'widened', 'OverSeeds',
-           'over_seeds']
+           'paired_difference', 'adjust_p', 'compare_all', 'bootstrap', 'ratio_interval', 'widened', 'within',
+           'OverSeeds', 'over_seeds']
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #77a62279
 from dataclasses import dataclass, replace
@@ -572,6 +572,15 @@ def widened(
     reach = (_student(est.level, df) if np.isfinite(df) else _student(est.level, 1e9)) * error
     return replace(est, low=est.value - np.hypot(est.value - est.low, reach), high=est.value + np.hypot(est.high - est.value, reach),
             p=np.nan, test="", method=f"{est.method}, second error added")
+
+# %% ../../nbs/metrics/06_uncertainty.ipynb #b24d761e
+def within(
+    est: Estimate,  # a mean, or a difference of means
+    low: float, high: float,  # smallest and largest possible value
+) -> Estimate:  # with ends inside
+    "The estimate with its interval cut at what is possible."
+    if est.low != est.low: return est
+    return replace(est, low=min(max(est.low, low), est.value), high=max(min(est.high, high), est.value))
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #3c0002d2
 class OverSeeds(NamedTuple):

@@ -17,8 +17,8 @@ from ..data.perturbseq import bulk_of
 from ..data.split import split
 from ..metrics import effect  # entered into the registry
 from ..metrics.ceiling import ceiling, screen
-from ..metrics.registry import score_rows
-from ..metrics.uncertainty import mean_interval, paired_difference
+from ..metrics.registry import find_metric, score_rows
+from ..metrics.uncertainty import mean_interval, paired_difference, within
 from .baselines import baseline
 from .doubles import PAIR_MODELS, pair_effects
 
@@ -131,7 +131,7 @@ def protocol_means(
         for i in IDS:
             table = by_pair(part, i)
             for m in part.model.unique():
-                e = mean_interval(table[m], partners(table.index), n_boot=n_boot, seed=seed)
+                e = within(mean_interval(table[m], partners(table.index), n_boot=n_boot, seed=seed), find_metric(i).low, find_metric(i).high)
                 seeds = part[part.model == m].groupby("seed")[i].mean().round(4).tolist()
                 out.append(dict(protocol=protocol, id=i, model=m, value=e.value, low=e.low, high=e.high, n=e.n, n_undefined=e.n_left_out, by_seed=seeds, note=e.note))
     return pd.DataFrame(out)
@@ -140,7 +140,7 @@ def protocol_differences(
     rows: pd.DataFrame,  # from run_protocol
     against: str = "additive_genes",  # the baseline
     n_boot: int = 2000, seed: int = 0,  # of the intervals
-) -> pd.DataFrame:  # protocol, id, model, baseline, difference, low, high, p, n, note
+) -> pd.DataFrame:  # protocol, id, model, baseline, difference, low, high, p, n, n_without, note
     "Every model minus the sum of the singles, over the pairs that both predict."
     out = []
     for protocol, part in rows.groupby("protocol", sort=False):
@@ -151,7 +151,7 @@ def protocol_differences(
                 if both.empty: continue
                 e = paired_difference(both[m], both[against], partners(both.index), n_boot=n_boot, seed=seed)
                 out.append(dict(protocol=protocol, id=i, model=m, baseline=against, difference=e.value, low=e.low, high=e.high, p=e.p, n=e.n,
-                                note="; ".join(filter(None, [e.note, f"{len(table) - len(both)} pairs without a value" if len(both) < len(table) else ""]))))
+                                n_without=len(table) - len(both), note="; ".join(filter(None, [e.note, f"{len(table) - len(both)} pairs without a value" if len(both) < len(table) else ""]))))
     return pd.DataFrame(out)
 
 # %% ../../nbs/models/05b_protocol.ipynb #961d5221
@@ -167,7 +167,7 @@ def protocol_ceilings(
     se = bulk_of(cells[pair], by=("pert",))[:, genes]
     floor = pd.Series(np.sqrt((se.layers["se"] ** 2).sum(1)), se.obs.pert.astype(str).to_numpy())
     for protocol, (_, b) in PROTOCOLS.items():
-        e = mean_interval(floor, partners(floor.index), **options)
+        e = within(mean_interval(floor, partners(floor.index), **options), 0, np.inf)
         out.append(dict(protocol=protocol, id="l2@1", value=e.value, low=e.low, high=e.high, n=e.n, note=e.note))
         some = cells[pair | (half == b) | ((b == "all") & (half != ""))][:, genes]
         found = ceiling(screen(some, "pert", "control", strata="batch"), seed=seed, **options)
