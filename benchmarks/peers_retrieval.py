@@ -19,7 +19,7 @@ from perturbnb.core import rng
 from perturbnb.metrics.relevance import relevance
 from perturbnb.metrics.retrieval import evaluate
 from perturbnb.metrics.retrieve import retrieve
-from perturbnb.metrics.retrieval_test import ap_p_values, group_p_values
+from perturbnb.metrics.retrieval_null import ap_p_values, group_p_values
 
 N_SETS, N_WELLS, N_DRAWS = 25, 60, 10_000
 RULES = {"same class, any plate": (dict(pos_sameby=["moa"], pos_diffby=[], neg_sameby=[], neg_diffby=["moa"]), dict(same="moa", plate=None)),
