@@ -7,14 +7,14 @@ __all__ = ['SIZES', 'DOSES', 'DEPTH', 'SPREAD', 'SCHEMA', 'HOURS', 'MODEL', 'Siz
            'simulate_tahoe']
 
 # %% ../../nbs/data/09_simulate.ipynb #4260a058
-import hashlib, json
+import hashlib, json, os
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ..core import InputError, OutputError, atomic_folder, nearest, record_hashes, rng, write_problem
+from ..core import InputError, OutputError, atomic_folder, nearest, record_hashes, recorded_hashes, rng, write_problem
 from . import tahoe
 
 # %% ../../nbs/data/09_simulate.ipynb #ad0bcc96
@@ -344,15 +344,37 @@ def _truth(seed: int, drugs: pd.DataFrame, lines: pd.DataFrame, genes: pd.DataFr
 # %% ../../nbs/data/09_simulate.ipynb #843cf314
 MODEL = 4  # raised when the same seed would give other data
 
+def _is_simulation(folder: Path) -> bool:
+    "Whether a folder says of itself that it is a simulated data set."
+    try: about = json.loads((folder / "truth/truth.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError): return False
+    return isinstance(about, dict) and isinstance(about.get("simulation"), str) and (folder / "SHA256SUMS").is_file()
+
+def _not_listed(folder: Path) -> list:
+    "What lies in a simulated data set and is not of it: files, links and folders, sorted."
+    listed = {"SHA256SUMS", *recorded_hashes(folder)}
+    above = {p.as_posix() for name in listed for p in Path(name).parents}
+    found = {p.relative_to(folder).as_posix(): p.is_dir() and not p.is_symlink() for p in folder.rglob("*")}
+    return sorted(name for name, is_folder in found.items() if name not in (above if is_folder else listed))
+
+# %% ../../nbs/data/09_simulate.ipynb #67578c46
 def check_place(
-    out: Path,  # where a simulation is to be written
+    out: "str | Path",  # where a simulation is to be written
     overwrite: bool,  # whether an earlier one there may be replaced
-) -> None:  # OutputError if something else is there
-    "Refuse to write over anything that is not a simulated data set."
+) -> None:  # OutputError if anything else is there
+    "Refuse to write over anything that is not a simulated data set, or into one."
+    out = Path(out)
     try:
+        for outer in [p for p in Path(os.path.realpath(out)).parents if _is_simulation(p)][:1]:
+            raise OutputError(f"{out} lies inside the simulated data set {outer}", "a folder of its own", "choose a folder beside it")
         if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
-        ours = (out / "truth/truth.json").is_file() and (out / "SHA256SUMS").is_file()
+        ours = _is_simulation(out)
+        extra = _not_listed(out) if ours else []
     except OSError as e: raise write_problem(e, out) from e
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise OutputError(f"{out} holds {extra[0]!r}{more}, which is no part of the simulated data set there", "nothing but that data set",
+                          "move your own files elsewhere, or choose another folder; all is left alone")
     if ours and overwrite: return
     raise OutputError(f"{out} is there already", "a new folder", "say overwrite (on the command line --overwrite) to replace this simulated data set" if ours else
                       "choose another folder; this one holds something else and is left alone")
@@ -408,4 +430,5 @@ def simulate_tahoe(
     with atomic_folder(out) as folder:
         _fill_tahoe(folder, int(seed), size)
         record_hashes(folder)
+        check_place(out, overwrite)  # again: that took a while
     return out

@@ -134,4 +134,5 @@ def simulate_norman(
     with atomic_folder(out) as folder:
         _fill_norman(folder, int(seed), size)
         record_hashes(folder)
+        check_place(out, overwrite)  # again: that took a while
     return out

@@ -12,7 +12,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import InputError, nearest, rng
-from .base import Model, parts
+from .base import Model, parts, positive, whole
 from .means import group_means
 
 # %% ../../nbs/models/02a_bilinear.ipynb #79b1a08d
@@ -51,7 +51,8 @@ def _own_table(table, what: str) -> pd.DataFrame:
         raise InputError(f"{what}={table!r}", "pca, random or a DataFrame of vectors",
                          "a loaded model can predict; to fit again, pass the table again"
                          if str(table).startswith("table ") else nearest(table, ["pca", "random"]))
-    x = table.to_numpy(float)
+    try: x = table.to_numpy(float)
+    except (TypeError, ValueError): x = np.full(table.shape, np.nan)
     if table.index.has_duplicates or not np.isfinite(x).all() or not x.shape[1]:
         raise InputError(f"a table of vectors {what} of shape {x.shape}", "one row for each name, finite numbers",
                          "drop repeated names and gaps")
@@ -71,13 +72,12 @@ class Bilinear(Model):
         control: "str | None" = None,  # column of train.var with the control's mean level, for components of levels as published
         seed: int = 0,  # of random vectors
     ):
-        if n_components < 1 or not ridge > 0:
-            raise InputError(f"n_components={n_components}, ridge={ridge}", "1 or more, and above 0", "10 and 0.1 are the defaults")
+        numbers = {"n_components": whole("n_components", n_components, 10), "ridge": positive("ridge", ridge, 0.1), "seed": whole("seed", seed, 0, 0)}
         for what, v in (("G", G), ("P", P)):
             if not isinstance(v, str): _own_table(v, what)
             elif v not in ("pca", "random") and not v.startswith("table "):
                 raise InputError(f"{what}={v!r}", "pca, random or a DataFrame", nearest(v, ["pca", "random"]))
-        super().__init__(n_components=int(n_components), ridge=float(ridge), G=G, P=P, control=control, seed=int(seed))
+        super().__init__(**numbers, G=G, P=P, control=control)
 
 # %% ../../nbs/models/02a_bilinear.ipynb #74403f27
 def _symbols(var: pd.DataFrame) -> np.ndarray: return (var.symbol if "symbol" in var else var.index.to_series()).astype(str).to_numpy()

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, nearest, rng
-from .base import Model
+from .base import Model, columns, flag, whole
 
 # %% ../../nbs/models/06_connectivity.ipynb #dab75adf
 class Queries(NamedTuple):
@@ -101,20 +101,21 @@ def _finite(X, what: str) -> np.ndarray:
 # %% ../../nbs/models/06_connectivity.ipynb #91d0ecd0
 def top_genes(
     X: np.ndarray,  # full signatures, queries by genes of the library
-    n: int = 50,  # genes on each side
+    n: int = 50,  # genes on each side, at most
     *,
     names: "Sequence | None" = None,  # names of the queries; 0, 1, … if not given
 ) -> Queries:
-    "The n largest and n smallest values of each signature as its up and down genes."
+    "The n largest values above 0 and the n smallest below 0 of each signature as its up and down genes; fewer where there are fewer."
     x = _finite(X, "query")
     if not 1 <= n <= x.shape[1] // 4:
         raise InputError(f"{n} genes on each side of {x.shape[1]}", f"1 to {x.shape[1] // 4}, a quarter of the genes", "choose fewer")
     for i in np.flatnonzero(np.ptp(x, axis=1) == 0)[:1]:
         raise InputError(f"query number {i} is the same for every gene", "a signature", "drop it")
-    up, down = (np.argsort(v, axis=1, kind="stable")[:, :n].astype(np.int32) for v in (-x, x))
     names = [str(v) for v in (range(len(x)) if names is None else names)]
-    table = pd.DataFrame({c: n for c in ("up_asked", "up_found", "down_asked", "down_found")}, index=pd.Index(names, name="query"))
-    return Queries(names, up, down, x.shape[1], table)
+    up, down = ([np.argsort(-v, kind="stable")[:min(n, (v > 0).sum())] for v in side] for side in (x, -x))
+    table = pd.DataFrame({"up_asked": n, "up_found": [len(u) for u in up], "down_asked": n, "down_found": [len(d) for d in down]},
+                         index=pd.Index(names, name="query"))
+    return Queries(names, _padded(up, x.shape[1]), _padded(down, x.shape[1]), x.shape[1], table)
 
 # %% ../../nbs/models/06_connectivity.ipynb #0b133cd4
 _BLOCK = 2**17  # places of a block of queries: a megabyte of float64, which stays in a processor's cache
@@ -375,6 +376,20 @@ def p_values(
 
 # %% ../../nbs/models/06_connectivity.ipynb #b51786cb
 METHODS = ("wtcs", "lamb", "xsum", *CORRELATIONS)
+_OWN = {"xsum": ["n_extreme"], "lamb": ["scaled"]}  # options of a score
+
+def _own_options(method: str, options: dict) -> dict:
+    "The options of a method, checked."
+    known = _OWN.get(method, [])
+    for o in [o for o in options if o not in known][:1]:
+        raise InputError(f"option {o!r} of {method}", f"one of: {', '.join(known) or 'it has none'}",
+                         f"it belongs to {', '.join(m for m in _OWN if o in _OWN[m])}" if any(o in v for v in _OWN.values()) else nearest(o, known) if known else "leave it out")
+    check = {"n_extreme": lambda v: whole("n_extreme", v, 100), "scaled": lambda v: flag("scaled", v)}
+    return {k: check[k](v) for k, v in options.items()}
+
+def _method(method) -> str:
+    if not isinstance(method, str) or method not in METHODS: raise InputError(f"method={method!r}", ", ".join(METHODS), nearest(method, METHODS))
+    return method
 
 class Connectivity:
     "A library of signatures that can be asked what mimics (positive) or reverses (negative) a query."
@@ -382,31 +397,39 @@ class Connectivity:
         self,
         method: str = "wtcs",  # one of METHODS
         *,
-        n_top: int = 50,  # up and down genes taken from a full signature
+        n_top: int = 50,  # up and down genes taken from a full signature, at most
         normalised: bool = False,  # divide by the mean of same-signed scores in the groups
         groups: "Sequence[str]" = ("cell_line", "pert_type"),  # columns of the library's obs
-        min_overlap: int = 10,  # genes of a set that the library must have
+        min_overlap: int = 10,  # genes of a set that the library must have (of queries given as sets)
         min_common: int = 100,  # genes that a full signature and the library must share
         **options,  # for the score: n_extreme of xsum, scaled of lamb
     ):
-        if method not in METHODS: raise InputError(f"method={method!r}", ", ".join(METHODS), nearest(method, METHODS))
-        self.method, self.n_top, self.normalised, self.groups = method, n_top, normalised, list(groups)
-        self.min_overlap, self.min_common, self.options = min_overlap, min_common, options
+        self.method, self.options = _method(method), _own_options(method, options)
+        self.n_top, self.normalised = whole("n_top", n_top, 50), flag("normalised", normalised)
+        self.groups = columns("groups", groups, "['cell_line', 'pert_type']")
+        self.min_overlap, self.min_common = whole("min_overlap", min_overlap, 10, 0), whole("min_common", min_common, 100)
 
 # %% ../../nbs/models/06_connectivity.ipynb #39ee22d4
 from fastcore.basics import patch
 
 # %% ../../nbs/models/06_connectivity.ipynb #cfebbd71
+def _need_table(table, what: str) -> None:
+    import anndata as ad
+    if not isinstance(table, ad.AnnData):
+        raise InputError(f"{what} is a {type(table).__name__}", "a signature table (AnnData)" + (", or name -> (up genes, down genes)" if what == "the query" else ""),
+                         "build it with data.schema")
+
 @patch
 def fit(
     self: Connectivity,
     library: "ad.AnnData",  # signature table
     gene_column: "str | None" = None,  # column of var that names the genes, such as symbol; the index if not given
 ) -> Connectivity:
-    "Keep a library."
+    "Keep a copy of a library."
+    _need_table(library, "the library")
     if gene_column is not None and gene_column not in library.var:
         raise InputError(f"no column {gene_column!r} in var", "a column of gene names", nearest(gene_column, library.var))
-    x = library.X.toarray() if hasattr(library.X, "toarray") else library.X
+    x = library.X.toarray() if hasattr(library.X, "toarray") else np.array(library.X, dtype=float)  # a copy: the caller may go on with his
     self.library, self.obs, self.gene_column = _finite(x, "library"), library.obs.copy(), gene_column
     self.genes = _library_genes(library.var_names if gene_column is None else library.var[gene_column])
     return self
@@ -432,7 +455,9 @@ def _from_table(self: Connectivity, queries: "ad.AnnData") -> np.ndarray:
     x = queries.X.toarray() if hasattr(queries.X, "toarray") else np.asarray(queries.X)
     library, q = self.library[:, mine], _finite(x, "query")[:, theirs]
     if self.method in CORRELATIONS: return correlation(library, q, self.method)
-    return SCORES[self.method](library, top_genes(q, self.n_top, names=queries.obs_names), **self.options)
+    top = top_genes(q, self.n_top, names=queries.obs_names)
+    self.overlap = self.overlap.assign(up=top.overlap.up_found.to_numpy(), down=top.overlap.down_found.to_numpy())
+    return SCORES[self.method](library, top, **self.options)
 
 # %% ../../nbs/models/06_connectivity.ipynb #cb2c31b2
 @patch
@@ -442,6 +467,7 @@ def predict(
 ) -> pd.DataFrame:  # queries by candidates of the library; positive is mimic, negative is reverse
     "The score of each query with each library signature."
     if not hasattr(self, "library"): raise InputError("a Connectivity without a library", "fit before predict", "call fit(library)")
+    if not isinstance(queries, Mapping): _need_table(queries, "the query")
     scores = self._from_sets(queries) if isinstance(queries, Mapping) else self._from_table(queries)
     if self.normalised:
         for c in self.groups:
@@ -458,16 +484,16 @@ class ConnectivityModel(Model):
         self,
         *,
         method: str = "wtcs",  # one of METHODS
-        n_top: int = 50,  # up and down genes taken from a profile
+        n_top: int = 50,  # up and down genes taken from a profile, at most
         normalised: bool = False,  # divide by the mean of same-signed scores in the groups
         groups: "Sequence[str]" = ("cell_line", "pert_type"),  # columns of the library's obs
         min_overlap: int = 10,  # genes of a set that the library must have
         n_extreme: int = 100,  # of xsum: values kept at each end
         scaled: bool = False,  # of lamb: divide by the largest score of the query
     ):
-        if method not in METHODS: raise InputError(f"method={method!r}", ", ".join(METHODS), nearest(method, METHODS))
-        super().__init__(method=method, n_top=int(n_top), normalised=bool(normalised), groups=list(groups), min_overlap=int(min_overlap),
-                         n_extreme=int(n_extreme), scaled=bool(scaled))
+        super().__init__(method=_method(method), n_top=whole("n_top", n_top, 50), normalised=flag("normalised", normalised),
+                         groups=columns("groups", groups, "['cell_line', 'pert_type']"), min_overlap=whole("min_overlap", min_overlap, 10, 0),
+                         n_extreme=whole("n_extreme", n_extreme, 100), scaled=flag("scaled", scaled))
 
     @property
     def classes_(self) -> list:  # the candidates, in the order of the columns of predict
@@ -486,7 +512,7 @@ def _fit_library(self, train, val):
 
 def _library(self, genes: Sequence) -> Connectivity:
     "The library as a Connectivity, its genes called `genes`."
-    own = {"xsum": ["n_extreme"], "lamb": ["scaled"]}.get(self.options["method"], [])
+    own = _OWN.get(self.options["method"], [])
     keys = ["method", "n_top", "normalised", "groups", "min_overlap", *own]
     out = Connectivity(min_common=1, **{k: self.options[k] for k in keys})
     out.library, out.gene_column, out.genes = self.arrays["library"], None, _library_genes(genes)
@@ -496,9 +522,12 @@ def _library(self, genes: Sequence) -> Connectivity:
 def _predict_library(self, x):
     import anndata as ad
     if not len(x): return np.zeros((0, len(self.classes_))), []
-    scores = _library(self, self.genes).predict(ad.AnnData(x, var=pd.DataFrame(index=self.genes))).to_numpy()
-    lost = np.isnan(scores).sum(1)
-    return scores, [f"no score for {n} of {scores.shape[1]} candidates" if n else "" for n in lost]
+    library = _library(self, self.genes)
+    scores = library.predict(ad.AnnData(x, var=pd.DataFrame(index=self.genes))).to_numpy()
+    notes = [[f"no score for {n} of {scores.shape[1]} candidates"] if n else [] for n in np.isnan(scores).sum(1)]
+    for said, up, down in zip(notes, *(library.overlap[c] for c in ("up", "down"))) if "up" in library.overlap else ():
+        if min(up, down) < self.options["n_top"]: said.append(f"{up} up and {down} down genes of {self.options['n_top']} each")
+    return scores, ["; ".join(said) for said in notes]
 
 ConnectivityModel._fit, ConnectivityModel._predict = _fit_library, _predict_library
 

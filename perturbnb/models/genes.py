@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, rng
-from .base import Model, example_table, parts
+from .base import Model, example_table, parts, whole
 from .means import group_means, least_norm
 
 # %% ../../nbs/models/02_genes.ipynb #62b2e345
@@ -114,8 +114,7 @@ class LatentAdditive(Model):
         *,
         n_components: int = 10,  # dimensions of the latent space; fewer if the table has fewer
     ):
-        if n_components < 1: raise InputError(f"n_components={n_components}", "1 or more", "10 is the default")
-        super().__init__(n_components=int(n_components))
+        super().__init__(n_components=whole("n_components", n_components, 10))
     def _fit(self, train, val):
         perts = sorted({g for genes in parts(train.obs) for g in genes})
         lines = sorted(set(train.obs.cell_line.astype(str)))

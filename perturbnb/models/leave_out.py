@@ -6,11 +6,13 @@
 __all__ = ['audit_groups', 'leave_out']
 
 # %% ../../nbs/models/07_leave_out.ipynb #78f8ae75
+import anndata as ad
 import numpy as np
 import pandas as pd
 
 from ..core import InputError, nearest
 from ..data.audit import LeakError, facet
+from .base import training_table
 
 # %% ../../nbs/models/07_leave_out.ipynb #5d85e2b1
 def audit_groups(
@@ -30,22 +32,57 @@ def audit_groups(
         lines.append(f"proved: each of {values['value'].nunique()} {name}s lies within one of {label.nunique()} groups")
     return lines
 
+# %% ../../nbs/models/07_leave_out.ipynb #3f905314
+def _group_labels(table: "AnnData", groups) -> pd.Series:
+    "The group of each row as text; `InputError` if a row has none."
+    if isinstance(groups, str):
+        if groups not in table.obs: raise InputError(f"no column {groups!r} in obs", "the column of the groups", nearest(groups, table.obs.columns))
+        label = table.obs[groups]
+    elif isinstance(groups, pd.Series):
+        lost = table.obs_names[~table.obs_names.isin(groups.index)]
+        if len(lost) or groups.index.has_duplicates:
+            raise InputError(f"groups for {groups.index.nunique()} rows, " + (f"none for {lost[0]!r}" if len(lost) else "a name twice"),
+                             "a label for each row name of the table", "index the groups by table.obs_names")
+        label = groups.loc[table.obs_names]
+    else:
+        values = list(groups) if isinstance(groups, (list, tuple, np.ndarray, pd.Index, pd.Categorical)) else None
+        if values is None or len(values) != table.n_obs:
+            raise InputError(f"groups: a {type(groups).__name__}" + ("" if values is None else f" of {len(values)}"),
+                             f"a column of obs, or {table.n_obs} labels", "give one label for each row, in the order of the table")
+        label = pd.Series(values, table.obs_names, dtype=object)
+    for row in table.obs_names[label.isna().to_numpy()][:1]:
+        raise InputError(f"row {row!r} has no group ({int(label.isna().sum())} such rows)", "a group for each row", "fill it in or drop the row")
+    return label.astype(str)
+
+def _held(table: "AnnData", rows: np.ndarray) -> "AnnData":
+    "Profiles without anything that could name them."
+    obs = pd.DataFrame(index=[f"held {i}" for i in range(int(rows.sum()))])
+    scale = {k: v for k, v in dict(table.uns.get("perturbnb", {})).items() if k == "scale"}
+    return ad.AnnData(table.X[rows].copy(), obs, table.var.copy(), uns={"perturbnb": scale})
+
+# %% ../../nbs/models/07_leave_out.ipynb #e219bee1
 def leave_out(
     make: "Callable",  # () -> an unfitted profile model
     table: "AnnData",  # profiles with labels; no controls
-    groups: "str | pd.Series",  # column of obs, or a label for each row: what is left out together
+    groups: "str | pd.Series | Sequence",  # column of obs, or a label for each row: what is left out together
     *,
     progress: bool = False,  # a bar over the groups
 ) -> "tuple[pd.DataFrame, list]":  # scores, rows by classes (NaN where a class was not in training); what was proved
-    "Scores of every row by a model that was fitted without the row's group."
+    "Scores of every row by a model that was fitted without the row's group and sees of the row its numbers only."
     from tqdm import tqdm
-    if isinstance(groups, str) and groups not in table.obs: raise InputError(f"no column {groups!r} in obs", "the column of the groups", nearest(groups, table.obs.columns))
-    label = pd.Series(table.obs[groups] if isinstance(groups, str) else groups).loc[table.obs_names].astype(str)
+    training_table(table, controls=True, name="table")  # a gap is named by its row here, not later by `held 3`
+    label = _group_labels(table, groups)
     if label.nunique() < 3: raise InputError(f"{label.nunique()} groups", "3 or more", "leave-one-out needs groups to leave out")
     lines, parts = audit_groups(table.obs, label), []
     for group in tqdm(sorted(label.unique()), desc="leave one out", unit="group", disable=not progress, delay=2):
-        held = (label == group).to_numpy()
-        model = make().fit(table[~held])
-        parts.append(pd.DataFrame(model.predict(table[held]), table.obs_names[held], model.classes_))
+        rows, model = (label == group).to_numpy(), make()
+        if getattr(model, "input", "profile") != "profile":
+            raise InputError(f"{model.name}, a {model.input} model", "a model that scores profiles", "a model of conditions has its folds from data.split")
+        model = model.fit(table[~rows].copy())
+        try: found = model.predict(_held(table, rows))
+        except (KeyError, AttributeError) as e:
+            raise InputError(f"{type(model).__name__} failed on the held-out rows ({type(e).__name__}: {str(e)[:60]})",
+                             "a model that predicts from expression alone", "held-out rows have no columns in obs and no names: both hold the answer") from e
+        parts.append(pd.DataFrame(found, table.obs_names[rows], model.classes_))
     scores = pd.concat(parts).loc[table.obs_names]
-    return scores[sorted(scores.columns)], [*lines, f"each of {label.nunique()} groups was predicted by a model fitted without it"]
+    return scores[sorted(scores.columns)], [*lines, f"each of {label.nunique()} groups was predicted by a model fitted without it, from expression alone"]

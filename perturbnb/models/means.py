@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, nearest, rng
-from .base import Model
+from .base import Model, columns
 
 # %% ../../nbs/models/01_means.ipynb #6e524519
 class NoChange(Model):
@@ -32,9 +32,14 @@ class MeanEffect(Model):
     def _predict(self, obs): return np.tile(self.arrays["mean"], (len(obs), 1)), [""] * len(obs)
 
 # %% ../../nbs/models/01_means.ipynb #ea8cd139
-def _key(values) -> tuple:
-    "Values of some columns of a row as plain Python; a missing value becomes None."
-    return tuple(None if v is None or v != v else v.item() if hasattr(v, "item") else v for v in values)
+def _key(v, column: str):
+    "A value as plain Python; a missing one becomes None."
+    if v is None or v is pd.NA or v is pd.NaT: return None
+    if isinstance(v, (np.number, np.bool_, np.str_)): v = v.item()
+    if isinstance(v, (str, int)) or isinstance(v, float) and abs(v) < np.inf: return v
+    if isinstance(v, float) and v != v: return None
+    raise InputError(f"{column} is {str(v)[:40]!r}, a {type(v).__name__}, in some row", "text, a finite number, True, False or nothing",
+                     f"make it text, for example obs[{column!r}] = obs[{column!r}].astype(str)")
 
 def row_keys(
     obs: pd.DataFrame,  # conditions
@@ -43,7 +48,7 @@ def row_keys(
     "What group each row belongs to."
     for c in by:
         if c not in obs: raise InputError(f"no column {c!r} in obs", "columns to group by", nearest(c, obs.columns))
-    return [_key(v) for v in zip(*(obs[c].astype(object) for c in by))]
+    return list(zip(*([_key(v, c) for v in obs[c].astype(object)] for c in by)))
 
 def group_means(
     x: np.ndarray,  # rows by genes
@@ -65,9 +70,8 @@ class GroupMean(Model):
         *,
         by: "Sequence[str]" = ("pert", "cell_line"),  # columns of obs, the most important first
     ):
-        if isinstance(by, str) or not len(by):
-            raise InputError(f"by={by!r}", "a list of columns of obs", "for example by=['pert', 'dose_um']")
-        super().__init__(by=list(by))
+        by = columns("by", by, "by=['pert', 'dose_um']")
+        super().__init__(by=by)
         self.needs, self.gaps = tuple(c for c in by if c != "dose_um"), tuple(c for c in by if c == "dose_um")
 
     def _fit(self, train, val):
@@ -137,9 +141,8 @@ class Additive(Model):
         *,
         factors: "Sequence[str]" = ("pert", "cell_line"),  # columns of obs whose effects add up
     ):
-        if isinstance(factors, str) or not len(factors):
-            raise InputError(f"factors={factors!r}", "a list of columns of obs", "for example ['pert', 'cell_line']")
-        super().__init__(factors=list(factors))
+        factors = columns("factors", factors, "['pert', 'cell_line']")
+        super().__init__(factors=factors)
         self.needs, self.gaps = tuple(c for c in factors if c != "dose_um"), tuple(c for c in factors if c == "dose_um")
 
     def _fit(self, train, val):
@@ -176,6 +179,7 @@ class RandomEffect(Model):
     def _fit(self, train, val): self.arrays["sd"] = np.sqrt((train.X ** 2).mean(0))
     def _predict(self, obs):
         by = [c for c in ("pert", "cell_line", "dose_um", "time_h") if c in obs]
+        same = lambda v: float(f"{v:.6g}") if isinstance(v, (int, float)) else v  # 1, 1.0 and a dose that was stored in single precision
         draw = lambda key: rng(self.options["seed"], "models.random", repr(key)).standard_normal(len(self.arrays["sd"]))
-        out = np.array([draw(tuple(zip(by, key))) for key in row_keys(obs, by)]).reshape(len(obs), len(self.arrays["sd"]))
+        out = np.array([draw(tuple(zip(by, map(same, key)))) for key in row_keys(obs, by)]).reshape(len(obs), len(self.arrays["sd"]))
         return out * self.arrays["sd"], [""] * len(obs)

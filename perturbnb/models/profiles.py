@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, nearest
-from .base import Model
+from .base import Model, positive, whole
 
 # %% ../../nbs/models/04_profiles.ipynb #916407b2
 class _PcaModel(Model):
@@ -63,10 +63,9 @@ class KnnPca(_PcaModel):
         n_components: int = 50,  # principal components; fewer if the table has fewer
         metric: str = "euclidean",  # or cosine
     ):
-        if k < 1 or n_components < 1: raise InputError(f"k={k}, n_components={n_components}", "1 or more", "5 and 50 are the defaults")
         if metric not in ("euclidean", "cosine"):
             raise InputError(f"metric={metric!r}", "euclidean or cosine", nearest(metric, ["euclidean", "cosine"]))
-        super().__init__(label=label, k=int(k), n_components=int(n_components), metric=metric)
+        super().__init__(label=label, k=whole("k", k, 5), n_components=whole("n_components", n_components, 50), metric=metric)
 
     def _unit(self, z: np.ndarray) -> np.ndarray:
         size = np.linalg.norm(z, axis=1, keepdims=True)
@@ -97,9 +96,8 @@ class LogisticPca(_PcaModel):
         n_components: int = 50,  # principal components; fewer if the table has fewer
         max_iter: int = 1000,  # steps of the solver
     ):
-        if not C > 0 or n_components < 1:
-            raise InputError(f"C={C}, n_components={n_components}", "above 0, and 1 or more", "1.0 and 50 are the defaults")
-        super().__init__(label=label, C=float(C), n_components=int(n_components), max_iter=int(max_iter))
+        super().__init__(label=label, C=positive("C", C, 1.0), n_components=whole("n_components", n_components, 50),
+                         max_iter=whole("max_iter", max_iter, 1000))
 
     def _fit(self, train, val):
         from sklearn.linear_model import LogisticRegression
@@ -151,10 +149,12 @@ class TargetZ(Model):
         combine: str = "stouffer",  # of several genes: sum, mean, stouffer or min
         against: str = "train",  # centre and spread from all training rows, or from the control rows
     ):
-        if combine not in _COMBINE: raise InputError(f"combine={combine!r}", "sum, mean, stouffer or min", nearest(combine, _COMBINE))
+        if not isinstance(combine, str) or combine not in _COMBINE: raise InputError(f"combine={combine!r}", "sum, mean, stouffer or min", nearest(combine, _COMBINE))
         if against not in ("train", "control"):
             raise InputError(f"against={against!r}", "train or control", nearest(against, ["train", "control"]))
         if sign not in ("auto", 1, -1): raise InputError(f"sign={sign!r}", "auto, 1 or -1", "auto follows pert_type")
+        if isinstance(candidates, str) or candidates is not None and not hasattr(candidates, "__iter__"):
+            raise InputError(f"candidates={candidates!r}", "a list of names", "leave it out for those of the training rows")
         super().__init__(candidates=None if candidates is None else [str(c) for c in candidates], sign=sign, combine=combine, against=against)
 
     @property

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import InputError
 from ..data.drugs import morgan, parent, tanimoto
-from .base import Model
+from .base import Model, columns, flag, positive, whole
 from .means import group_means, row_keys
 
 # %% ../../nbs/models/03_structure.ipynb #420c9eee
@@ -57,9 +57,7 @@ class NearestCompound(Model):
         k: int = 1,  # neighbours; ties with the k-th are taken too
         by: "Sequence[str]" = ("cell_line",),  # columns of obs that a neighbour must share
     ):
-        if k < 1 or isinstance(by, str) or not len(by):
-            raise InputError(f"k={k}, by={by!r}", "1 or more, and a list of columns", "k=1, by=['cell_line']")
-        super().__init__(k=int(k), by=list(by))
+        super().__init__(k=whole("k", k, 1), by=columns("by", by, "by=['cell_line']"))
 
     def _fit(self, train, val):
         if "smiles" not in train.obs:
@@ -126,9 +124,11 @@ class RidgeMorgan(Model):
         radius: int = 2,  # of the fingerprint, bonds
         n_bits: int = 2048,  # of the fingerprint
     ):
-        grid = [float(a) for a in np.atleast_1d(alpha)]
-        if not grid or min(grid) <= 0: raise InputError(f"alpha={alpha!r}", "a number above 0, or several", "1.0 is the default")
-        super().__init__(alpha=grid if np.ndim(alpha) else grid[0], line=bool(line), dose=bool(dose), radius=int(radius), n_bits=int(n_bits))
+        several = isinstance(alpha, (list, tuple, np.ndarray, pd.Series))
+        grid = [positive("alpha", a, "1.0") for a in (alpha if several else [alpha])]
+        if not grid: raise InputError(f"alpha={alpha!r}", "a number above 0, or several", "1.0 is the default")
+        super().__init__(alpha=grid if several else grid[0], line=flag("line", line), dose=flag("dose", dose), radius=whole("radius", radius, 2, 0),
+                         n_bits=whole("n_bits", n_bits, 2048))
         if dose: self.gaps = ("smiles", "dose_um")
 
     def _bits(self, obs) -> "tuple[np.ndarray, np.ndarray]":
