@@ -61,6 +61,7 @@ def _advantage(values: pd.DataFrame, blocks: np.ndarray, sign: float, groups, op
 def _range(values: pd.DataFrame, blocks: np.ndarray, perfect: float, groups, options: dict) -> tuple:
     "Dynamic-range fraction with its interval, and the published median."
     if not np.isfinite(perfect) or values.isna().any(axis=None): return (np.nan,) * 4
+    if isinstance(groups, pd.DataFrame): groups = groups.iloc[:, 0]  # a ratio knows one grouping; the advantage uses both
     d = dynamic_range(values.iloc[:, 0], values.iloc[:, 1], perfect, groups, **options)
     if d.ratio.low != d.ratio.low: return d.ratio.value, np.nan, np.nan, d.median
     part = [(a - b).mean() / (perfect - b).mean() for a, b in zip(blocks[:, :, 0], blocks[:, :, 1])]

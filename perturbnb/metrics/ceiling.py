@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, nearest, rng
-from .uncertainty import Estimate, _aligned, mean_interval, ratio_interval, widened
+from .uncertainty import Estimate, _aligned, mean_interval, ratio_interval, widened, within
 
 # %% ../../nbs/metrics/07_ceiling.ipynb #e86651b8
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def control_error(
 class Ceiling(NamedTuple):
     table: pd.DataFrame  # for each unit: n_cells, r, sd_splits, reliability, ceiling, n_undefined
     r: Estimate  # mean correlation of halves
-    reliability: Estimate  # of the effects from all cells, by Spearman and Brown from r
-    ceiling: Estimate  # what a perfect model reaches against effects from all cells
+    reliability: Estimate  # of the effects from all cells, by Spearman and Brown from each r
+    ceiling: Estimate  # what a perfect model reaches against effects from all cells, mean over units
     left_out: pd.DataFrame  # units with too few cells
 
 # %% ../../nbs/metrics/07_ceiling.ipynb #820b80d6
@@ -224,9 +224,9 @@ def _pearson(effects: np.ndarray, sums: Sums) -> np.ndarray:
     size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
     with np.errstate(invalid="ignore", divide="ignore"): return np.where(size > 0, (a * b).sum(-1) / size, np.nan)[:, None]
 
-def _mapped(e: Estimate, f: Callable) -> Estimate:
-    "An increasing function of an estimate and its ends."
-    return replace(e, value=float(f(e.value)), low=float(f(e.low)), high=float(f(e.high)))
+def _both_ways(f: Callable) -> Callable:
+    "An increasing function of a correlation, mirrored at 0: chance agreement and chance disagreement of the halves cancel in a mean."
+    return lambda r: np.sign(r) * f(np.abs(r))
 
 # %% ../../nbs/metrics/07_ceiling.ipynb #d6da6371
 def ceiling(
@@ -244,11 +244,13 @@ def ceiling(
     rel = spearman_brown(r.to_numpy())
     table = pd.DataFrame({"n_cells": s.n_cells, "r": r, "sd_splits": run.sd[:, 0], "reliability": rel, "ceiling": perfect_score(rel),
             "n_undefined": run.n_undefined[:, 0]}, s.names)
-    mean = mean_interval(r, groups, seed=seed, **options)
-    mean = widened(mean, control_error(_nanmean(run.blocks[:, :, 0], 1)), n_blocks - 1)
-    clip = replace(mean, low=max(mean.low, -.999), high=min(mean.high, 1.)) if mean.low == mean.low else mean
-    rel = _mapped(clip, spearman_brown)
-    return Ceiling(table, mean, rel, _mapped(rel, perfect_score), s.left_out)
+    def averaged(f):
+        "Mean over units of a function of r, its interval over units and control cells."
+        e = mean_interval(f(r), groups, seed=seed, **options)
+        return widened(e, control_error(_nanmean(f(run.blocks[:, :, 0]), 1)), n_blocks - 1)
+    whole, best = _both_ways(spearman_brown), _both_ways(lambda r: perfect_score(spearman_brown(r)))
+    positive = lambda e: replace(within(e, 0, 1), value=max(e.value, 0.), low=max(e.low, 0.), high=max(min(e.high, 1.), 0.)) if e.low == e.low else replace(e, value=max(e.value, 0.))
+    return Ceiling(table, within(averaged(lambda x: x), -1, 1), averaged(whole), positive(averaged(best)), s.left_out)
 
 # %% ../../nbs/metrics/07_ceiling.ipynb #404f5630
 def _sure(s: Screen, sums: Sums) -> np.ndarray:

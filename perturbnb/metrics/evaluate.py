@@ -46,7 +46,7 @@ def audit_lines(
 ) -> tuple:  # the sentences
     "What was proved about the split; `InputError` if nothing was."
     lines = getattr(audit, "lines", None)
-    if lines is not None: return tuple(lines)
+    if lines: return tuple(lines)
     lines = [audit] if isinstance(audit, str) else audit if isinstance(audit, (list, tuple)) else []
     if lines and all(isinstance(l, str) and l.strip() for l in lines): return tuple(f"not audited: {l}" for l in lines)
     came = "no audit of the split" if audit is None or isinstance(audit, (str, list, tuple)) else f"a {type(audit).__name__} in place of an audit"
@@ -108,6 +108,7 @@ def _obs_columns(obs: "pd.DataFrame | None", names: pd.Index, needed: list) -> p
     "The columns of obs that are used, in the order of the rows."
     if not needed: return pd.DataFrame(index=names)
     if obs is None: raise InputError(f"no obs, but {needed[0]!r} is asked for", "a table with that column, indexed by the names of the rows", "pass obs=")
+    if taken := {"name", "model"} & set(needed): raise InputError(f"an obs column called {min(taken)!r}", "another name", "rename it: the table of values has columns name and model")
     for c in needed:
         if c not in obs: raise InputError(f"no column {c!r} in obs", "a column of obs", nearest(c, obs.columns))
     for n in names.difference(obs.index)[:1]: raise InputError(f"obs has no row {n!r}", "a row for each observation", "index obs like the observations")
@@ -182,7 +183,8 @@ def _rows(real: pd.DataFrame, tables: dict, gone: pd.Index, about: pd.DataFrame,
     "Every value: rows that all models predict, by models."
     keep, parts = ~real.index.isin(gone), []
     if not keep.any(): raise InputError("no row that every model predicts", "at least one", "leave out the model that predicts nothing")
-    of = {k: v[keep] if np.ndim(v) and len(v) == len(real) and (np.ndim(v) == 2 or len(real) != real.shape[1]) else v for k, v in context.items()}
+    by_row = lambda k, v: np.ndim(v) == 2 or k == "target_index"  # the others have a value for each gene, or are single
+    of = {k: np.asarray(v)[keep] if np.ndim(v) and by_row(k, v) and len(v) == len(real) else v for k, v in context.items()}
     for name, t in tables.items():
         values = score_rows(ids, real.to_numpy()[keep], t.to_numpy()[keep], index=real.index[keep], **of)
         parts.append(pd.concat([about[keep], values], axis=1).rename_axis("name").reset_index().assign(model=name))

@@ -111,6 +111,8 @@ def checked_pair(
     pred: np.ndarray,  # predicted, the same shape
 ) -> tuple:  # both as float64
     "Observed and predicted values, checked, of one shape."
+    if isinstance(real, pd.DataFrame) and isinstance(pred, pd.DataFrame) and not (real.columns.equals(pred.columns) and real.index.equals(pred.index)):
+        raise InputError("real and pred with other names or another order", "the same rows and genes in one order", "pred.loc[real.index, real.columns]")
     real, pred = checked(real, "real"), checked(pred, "pred")
     if real.shape == pred.shape: return real, pred
     raise InputError(f"real of shape {real.shape} and pred of shape {pred.shape}", "the same rows and genes", "align both on the same names")

@@ -81,6 +81,9 @@ def group_p_values(
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:  # one row for each group: mean_ap, chance, n, n_undefined, p, p_corrected
     "Mean average precision of each group, with its p-value."
+    if len({len(np.asarray(x)) for x in (ap, n_relevant, n_candidates, groups)}) > 1:
+        raise InputError("columns of different lengths", "one value of each for every query", "take them from one table")
+    if pd.isna(np.asarray(groups, dtype=object)).any(): raise InputError("queries without a group", "a group for each query", "fill it in, or drop these queries")
     table = pd.DataFrame({"ap": np.asarray(ap, dtype=float), "r": np.asarray(n_relevant), "n": np.asarray(n_candidates),
                           "group": np.asarray(groups)})
     rows = []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_GROUPS', 'FEW_GROUPS', 'AVERAGES', 'METHODS', 'ADJUST', 'Estimate', 'metric_record', 'comparison_record',
-           'mean_interval', 'simulate_groups', 'coverage_of', 'simulate_crossed', 'permutation_test',
+           'Members', 'mean_interval', 'simulate_groups', 'coverage_of', 'simulate_crossed', 'permutation_test',
            'paired_difference', 'adjust_p', 'compare_all', 'bootstrap', 'ratio_interval', 'widened', 'within',
            'OverSeeds', 'over_seeds']
 
@@ -69,6 +69,14 @@ def comparison_record(
     return {**about, **_record(est, "difference"), "p": None if est.p != est.p else float(est.p)}
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #c3ca04ae
+class Members(list):
+    "Two arrays of numbers from one list: the members of each row, such as the two genes of a pair."
+
+def _recoded(codes: list, keep: np.ndarray) -> list:
+    "Group numbers of the kept rows, again from 0 without gaps."
+    if not isinstance(codes, Members): return [pd.factorize(c[keep])[0] for c in codes]
+    return Members(np.split(pd.factorize(np.concatenate([c[keep] for c in codes]))[0], 2))
+
 def _codes(
     groups,  # None; labels; or a table with one or two columns of labels
     index: pd.Index,  # names of the rows
@@ -76,7 +84,10 @@ def _codes(
 ) -> list:  # no, one or two arrays of group numbers from 0
     "Group numbers of each row; `InputError` for missing labels or other rows."
     if groups is None: return []
-    table = groups if isinstance(groups, pd.DataFrame) else pd.DataFrame({"group": groups})
+    if isinstance(groups, str): raise InputError(f"groups={groups!r}", "a label for each row", "pass the column itself")
+    labels = list(groups) if not isinstance(groups, (pd.DataFrame, pd.Series, np.ndarray)) else groups
+    if isinstance(labels, list) and any(isinstance(x, (tuple, list)) for x in labels): raise InputError("labels that are tuples", "one label, or a table with two columns", "two crossed groupings are two columns")
+    table = groups if isinstance(groups, pd.DataFrame) else pd.DataFrame(labels) if np.ndim(labels) == 2 else pd.DataFrame({"group": labels})
     if not 1 <= table.shape[1] <= 2: raise InputError(f"{table.shape[1]} groupings", "one or two",
             "nested groupings: give the outer one alone")
     if named and isinstance(groups, (pd.Series, pd.DataFrame)):
@@ -88,6 +99,9 @@ def _codes(
             "take both from the same table")
     if table.isna().any(axis=None): raise InputError(f"{int(table.isna().any(axis=1).sum())} rows without a group",
             "a group for each row", "fill it in, or drop these rows for all models alike")
+    names = [{x for x in table[c].unique() if isinstance(x, str)} for c in table]  # numbers are codes of each column's own
+    if len(names) == 2 and names[0] & names[1]:  # one list, two members a row
+        return Members(np.split(pd.factorize(pd.concat([table[c].astype(object) for c in table]))[0], 2))
     return [pd.factorize(table[c])[0] for c in table]
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #36316bf3
@@ -220,6 +234,23 @@ def _two_way(v, w, codes, level, n_boot, seed, method) -> tuple:
     ends = _pick(method, (value - half, value + half), [p[0] for p in _t_bounds(value, plain, shift, drawn, level)])
     return value, *ends, error, df
 
+# %% ../../nbs/metrics/06_uncertainty.ipynb #df63c453
+def _dyadic(v, w, codes, level) -> tuple:
+    "Value and ends of a weighted mean of v over pairs from one list, its error and degrees of freedom."
+    a, b = codes
+    n, total, apart = int(max(a.max(), b.max())) + 1, w.sum(), a != b
+    value = (w @ v) / total
+    e = w * (v - value)
+    e = np.where(np.abs(e) <= 1e-12 * np.abs(w * v).max(), 0, e)
+    of = lambda x: np.bincount(a, x, n) + np.bincount(b[apart], x[apart], n)
+    share = of(w) / total
+    with np.errstate(divide="ignore", invalid="ignore"): left = np.where(share < 1, of(e) / (1 - share), np.inf)
+    variance = ((left**2).sum() - (e[apart]**2).sum()) / total**2
+    floor = len(v) / (len(v) - 1) * (e**2).sum() / total**2
+    error, df = np.sqrt(max(variance, floor)), share.sum()**2 / (share**2).sum() - 1
+    half = _student(level, df) * error
+    return value, value - half, value + half, error, df
+
 # %% ../../nbs/metrics/06_uncertainty.ipynb #43acfa31
 def _note(n_groups: int, spread: bool) -> str:
     "What a reader of the interval must know."
@@ -227,7 +258,16 @@ def _note(n_groups: int, spread: bool) -> str:
     if not spread: return "all values are equal, so the interval has no width"
     return f"only {n_groups} independent units: the interval is too narrow if the values are skewed" if n_groups < FEW_GROUPS else ""
 
+def _shape_note(v: np.ndarray, codes: list) -> str:
+    "What makes an interval too narrow although there are groups enough: uneven groups, or a long tail."
+    sizes = np.bincount(codes[0]) if len(codes) == 1 else None
+    if sizes is not None and (even := sizes.sum()**2 / (sizes**2).sum()) < FEW_GROUPS: return f"groups so uneven that they count as {even:.0f} equal ones: the interval may be too narrow"
+    d = v - v.mean()
+    if (d**2).mean() > 0 and abs((d**3).mean() / (d**2).mean()**1.5) > 3: return "very skewed values: the interval may be too narrow on the side of the long tail"
+    return ""
+
 def _options(level, n_boot, method):
+    if isinstance(level, str) or not isinstance(n_boot, (int, np.integer)): raise InputError(f"level {level!r} and n_boot {n_boot!r}", "a number and a whole number", "0.95 and 2000 are usual")
     if not 0 < level < 1: raise InputError(f"level {level}", "a number between 0 and 1", "0.95 is usual")
     if method not in METHODS: raise InputError(f"method {method!r}", f"one of {', '.join(METHODS)}", nearest(str(method), METHODS))
     if n_boot < 100: raise InputError(f"n_boot {n_boot}", "100 or more", "2000 is usual")
@@ -236,25 +276,29 @@ def _estimate(v: np.ndarray, codes: list, average, level, n_boot, seed, method, 
     "The mean of complete values with its interval."
     _options(level, n_boot, method)
     w = _row_weights(average, codes, len(v))
-    groups = min((int(c.max(initial=-1)) + 1 for c in codes), default=len(v))
+    dyads = isinstance(codes, Members)
+    if dyads and average == "macro": raise InputError("a macro average over pairs from one list", "micro", "a pair belongs to two groups")
+    groups = (max if dyads else min)((int(c.max(initial=-1)) + 1 for c in codes), default=len(v))
     value = float(w @ v / w.sum()) if len(v) else np.nan
     spread = len(v) and np.ptp(v) > 1e-12 * np.abs(v).max()
     about = dict(n=len(v), n_groups=groups, level=level, method=f"{method}, {average}", **counts)
     if groups < MIN_GROUPS: return Estimate(value, np.nan, np.nan, note=_note(groups, spread), **about)
     if not spread: return Estimate(value, value, value, note=_note(groups, spread), **about)
-    if len(codes) == 2: low, high = _two_way(v, w, codes, level, n_boot, seed, method)[1:3]
+    if dyads: low, high, about["method"] = *_dyadic(v, w, codes, level)[1:3], f"dyadic t, {average}"
+    elif len(codes) == 2: low, high = _two_way(v, w, codes, level, n_boot, seed, method)[1:3]
     else:
         code = codes[0] if codes else np.arange(len(v))
         low, high = (e[0] for e in _one_way(_totals((w * v)[:, None], code), _totals(w[:, None], code), level, n_boot, seed, method)[1:])
     if not np.isfinite([low, high]).all() or max(value - low, high - value) > 10 * np.ptp(v):
-        if groups < FEW_GROUPS: return Estimate(value, np.nan, np.nan, note=f"no interval: with {groups} independent units too many draws repeat a few rows", **about)
+        if groups < FEW_GROUPS or method == "jackknife_t" or dyads: return Estimate(value, np.nan, np.nan, note=f"no interval: with {groups} independent units too many draws repeat a few rows", **about)
         plain = _estimate(v, codes, average, level, n_boot, seed, "jackknife_t", **counts)
         return replace(plain, note="nearly all values are equal, so draws break down: t interval from the jackknife, likely too narrow on the side of the rare values")
-    return Estimate(value, float(low), float(high), note=_note(groups, spread), **about)
+    return Estimate(value, float(low), float(high), note=_note(groups, spread) or _shape_note(v, codes), **about)
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #569e083a
 def _values(x, name: str) -> pd.Series:
     "Values as a named column of floats; infinite ones are refused."
+    if np.ndim(x) > 1: raise InputError(f"{name} of shape {np.shape(x)}", "one value for each row", "take one column at a time")
     try: s = (x if isinstance(x, pd.Series) else pd.Series(np.asarray(x).ravel() if np.ndim(x) != 1 else np.asarray(x))).astype(float)
     except (TypeError, ValueError): raise InputError(f"{name} that are no numbers", "one number for each row",
             "pass a column of values") from None
@@ -279,7 +323,7 @@ def mean_interval(
     codes, gone = _codes(groups, s.index, isinstance(values, pd.Series)), s.isna().to_numpy()
     if null is not None: s, filled, gone = s.fillna(null), int(gone.sum()), np.zeros(len(s), bool)
     else: filled = 0
-    codes = [pd.factorize(c[~gone])[0] for c in codes]
+    codes = _recoded(codes, ~gone)
     return _estimate(s.to_numpy()[~gone], codes, average, level, n_boot, seed, method, n_left_out=int(gone.sum()), n_filled=filled)
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #3bc627f2
@@ -351,7 +395,8 @@ def permutation_test(
     n_perm: int = 10_000,  # patterns to try, or all if there are no more
     seed: int = 0,
 ) -> tuple:  # two-sided p, and in words how it was made
-    "The p-value of a mean difference of 0 by tossing signs; 1 where all differences are 0, NaN without rows."
+    "The p-value of differences that are symmetric about 0, by tossing signs; 1 where all are 0, NaN without rows."
+    if not isinstance(n_perm, (int, np.integer)) or n_perm < 99: raise InputError(f"n_perm {n_perm!r}", "a whole number of 99 or more", "10000 is usual")
     s = _values(differences, "differences")
     codes = _codes(groups, s.index, isinstance(differences, pd.Series))
     if len(codes) > 1: raise InputError("two groupings", "one or none",
@@ -410,19 +455,19 @@ def paired_difference(
 ) -> Estimate:  # mean of model minus baseline, interval, p
     "The mean difference of paired values with its interval and p-value."
     d, kept, filled = _differences(model, baseline, null)
-    codes = [pd.factorize(c[kept])[0] for c in _codes(groups, pd.Index(_values(model, "values").index), isinstance(model, pd.Series))]
+    codes = _recoded(_codes(groups, pd.Index(_values(model, "values").index), isinstance(model, pd.Series)), np.asarray(kept))
     est = _estimate(d.to_numpy(), codes, average, level, n_boot, seed, method, n_left_out=int((~kept).sum()), n_filled=filled)
     if len(codes) == 2: p, test = _t_test(d.to_numpy(), _row_weights(average, codes, len(d)), codes)
     else: p, test = permutation_test(d.to_numpy(), codes[0] if codes else None, average=average, n_perm=n_perm, seed=seed)
-    return replace(est, p=p, test=test)
+    return replace(est, p=p, test=test) if est.n_groups >= MIN_GROUPS else replace(est, test="no test: too few independent units")
 
 def _t_test(d: np.ndarray, w: np.ndarray, codes: list) -> tuple:
     "Two-sided p for two crossed groupings, from the two-way error and Student's t."
     from scipy.special import stdtr
-    if min(c.max(initial=-1) for c in codes) < 1: return np.nan, "too few groups"
-    value, _, _, error, df = _two_way(d, w, codes, 0.95, 100, 0, "jackknife_t")
+    if not len(d) or min(c.max(initial=-1) for c in codes) < 1: return np.nan, "too few groups"
+    value, _, _, error, df = _dyadic(d, w, codes, 0.95) if isinstance(codes, Members) else _two_way(d, w, codes, 0.95, 100, 0, "jackknife_t")
     if error == 0: return (1.0 if value == 0 else 0.0), "no spread"
-    return float(2 * stdtr(df, -abs(value) / error)), f"t of the two-way error, {df} degrees of freedom"
+    return float(2 * stdtr(df, -abs(value) / error)), f"t of the {'dyadic' if isinstance(codes, Members) else 'two-way'} error, {df:.3g} degrees of freedom"
 
 # %% ../../nbs/metrics/06_uncertainty.ipynb #11e9d41d
 ADJUST = ("holm", "bonferroni", "bh", "by")

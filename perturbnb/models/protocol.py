@@ -170,7 +170,8 @@ def protocol_ceilings(
         e = within(mean_interval(floor, partners(floor.index), **options), 0, np.inf)
         out.append(dict(protocol=protocol, id="l2@1", value=e.value, low=e.low, high=e.high, n=e.n, note=e.note))
         some = cells[pair | (half == b) | ((b == "all") & (half != ""))][:, genes]
-        found = ceiling(screen(some, "pert", "control", strata="batch"), seed=seed, **options)
+        halves = screen(some, "pert", "control", strata="batch")
+        found = ceiling(halves, partners(halves.names), seed=seed, **options)
         e, lost = found.ceiling, len(found.left_out)
         out.append(dict(protocol=protocol, id="pearson_delta@1", value=e.value, low=e.low, high=e.high, n=e.n,
                         note="; ".join(filter(None, [e.note, f"{lost} pairs with too few cells" if lost else ""]))))
