@@ -3,6 +3,7 @@
     python tests/project.py --write-readme    README.md from nbs/index.ipynb
     python tests/project.py --constraints     constraints.txt from settings.ini and constraints.in
 """
+import posixpath
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def readme() -> str:
             cell.update(cell_type="markdown", source="\n".join(o["data"]["text/markdown"] for o in cell.pop("outputs")))
             cell.pop("execution_count")
     body, _ = MarkdownExporter().from_notebook_node(nb)
+    body = re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", lambda m: f"]({posixpath.normpath('nbs/' + m[1])})", body)  # links start from nbs/ there
     return "<!-- made from nbs/index.ipynb by `make prepare`: edit that -->\n\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 

@@ -64,6 +64,11 @@ def test_readme_is_up_to_date():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme()
 
 
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 10 and not [v for v in links if not (ROOT / v).is_file()]
+
+
 def test_install_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))

@@ -124,7 +124,7 @@ def dialects(tmp_path_factory):
 
 def test_three_dialects_are_one_screen(dialects):
     cells = {k: perturbseq.read_perturbseq(p) for k, p in dialects.items()}
-    bulk = {k: delta(perturbseq.bulk_of(c), min_control_cells=20) for k, c in cells.items()}
+    bulk = {k: delta(perturbseq.bulk_of(c, by=("pert", "batch")), min_control_cells=20) for k, c in cells.items()}
     for k in "BC":
         assert cells[k].obs.pert.tolist() == cells["A"].obs.pert.tolist()
         np.testing.assert_allclose(bulk[k].X, bulk["A"].X, atol=1e-5)
@@ -170,6 +170,66 @@ def test_bad_cells(dialects, tmp_path, words):
     path = altered(dialects, tmp_path, BAD[words])
     with pytest.raises(InputError) as e: perturbseq.read_perturbseq(path)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_lanes_are_pooled_unless_asked(dialects):
+    effects = delta(perturbseq.bulk_of(perturbseq.read_perturbseq(dialects["A"])), min_control_cells=20)
+    assert effects.obs.pert.is_unique and effects.obs.batch.eq("lanes pooled").all() and (effects.obs.n_cells == 20).all()
+
+
+def test_counts_of_few_genes_need_their_totals(dialects, tmp_path):
+    right = perturbseq.read_perturbseq(dialects["A"])
+    assert "totals from obs.ncounts" in right.uns["perturbseq"]["state"] and "equal" not in right.uns["perturbseq"]["state"]
+    path = altered(dialects, tmp_path, lambda a: ad.AnnData(a.X, a.obs.rename(columns={"ncounts": "mine"}).assign(low=a.obs.ncounts.where(a.obs_names != a.obs_names[5], 1)), a.var))
+    with pytest.raises(InputError, match="counts of 12 genes and no column") as e: perturbseq.read_perturbseq(path)
+    assert "totals=" in str(e.value) and "altered.h5ad" in str(e.value)
+    with pytest.raises(InputError, match="obs.low that is missing or below"): perturbseq.read_perturbseq(path, totals="low")
+    with pytest.raises(InputError, match="no column 'min' in obs; .*did you mean 'mine'"): perturbseq.read_perturbseq(path, totals="min")
+    np.testing.assert_array_equal(perturbseq.read_perturbseq(path, totals="mine").X.toarray(), right.X.toarray())
+    these = perturbseq.read_perturbseq(path, totals="these genes")
+    assert "as the caller said" in these.uns["perturbseq"]["state"]
+    np.testing.assert_allclose(np.expm1(these.X.toarray()).sum(1), 10_000, rtol=1e-4)
+
+
+def test_a_whole_transcriptome_needs_no_totals(dialects, tmp_path):
+    def wide(n):
+        def change(a):
+            x = sparse.hstack([a.X, sparse.csr_matrix((a.n_obs, n - a.n_vars), dtype=np.float32)]).tocsr()
+            return ad.AnnData(x, a.obs.drop(columns="ncounts"), pd.DataFrame(index=[f"G{i}" for i in range(n)]))
+        return altered(dialects, tmp_path, change)
+    with pytest.raises(InputError, match="counts of 5,045 genes"): perturbseq.read_perturbseq(wide(5045))
+    assert "the sums over these 6,000 genes" in perturbseq.read_perturbseq(wide(6000)).uns["perturbseq"]["state"]
+
+
+def test_a_totals_column_below_the_sums_is_passed_over(dialects, tmp_path):
+    path = altered(dialects, tmp_path, lambda a: ad.AnnData(a.X, a.obs.assign(total_counts=a.obs.ncounts, ncounts=1.0), a.var))
+    assert "obs.total_counts" in perturbseq.read_perturbseq(path).uns["perturbseq"]["state"]
+
+
+@pytest.mark.parametrize("name", ["AAVS1", "scramble", "scramble_guide", "intergenic", "UT"])
+def test_controls_of_another_name(dialects, tmp_path, name):
+    right = perturbseq.read_perturbseq(dialects["A"])
+    path = altered(dialects, tmp_path, lambda a: ad.AnnData(a.X, a.obs.assign(perturbation=a.obs.perturbation.astype(str).replace("control", name)), a.var))
+    with pytest.raises(InputError, match="no control among 17 labels") as e: perturbseq.read_perturbseq(path)
+    assert f"control={name!r}" in str(e.value) and "non-targeting" in str(e.value) and "\n" not in str(e.value)
+    for control in (name, [name]): assert perturbseq.read_perturbseq(path, control=control).obs.pert.equals(right.obs.pert)
+    assert not perturbseq.read_perturbseq(path, control=()).obs.is_control.any()
+    with pytest.raises(InputError, match="no label with the control 'GFP'"): perturbseq.read_perturbseq(path, control=[name, "GFP"])
+
+
+def test_a_named_control_is_no_gene_as_a_partner(dialects, tmp_path):
+    whole = lambda v: "AAVS1_AAVS1" if v == "control" else v if "_" in v else f"AAVS1_{v}"
+    path = altered(dialects, tmp_path, lambda a: ad.AnnData(a.X, a.obs.assign(perturbation=a.obs.perturbation.astype(str).map(whole)), a.var))
+    assert perturbseq.read_perturbseq(path, control="AAVS1").obs.pert.equals(perturbseq.read_perturbseq(dialects["A"]).obs.pert)
+    a = perturbseq.parse_labels(pd.Series(["AAVS1B", "AAVS1"]), control="AAVS1")
+    assert a.tolist() == ["AAVS1B", "control"]
+
+
+def test_columns_of_the_file_keep_their_values(dialects, tmp_path):
+    path = altered(dialects, tmp_path, lambda a: ad.AnnData(a.X, a.obs.assign(n_genes=11, batch="b7", n_genes_in_file=3), a.var))
+    obs = perturbseq.read_perturbseq(path, batch="gemgroup").obs
+    assert set(obs.n_genes) == {0, 1, 2} and (obs.n_genes_in_file == 3).all() and (obs.batch_in_file == "b7").all() and obs.columns.is_unique
+    with pytest.raises(InputError, match="AnnData in place of a file"): perturbseq.read_perturbseq(ad.read_h5ad(path))
 
 
 def test_h5ad_that_is_cut_or_points_elsewhere(dialects, tmp_path):

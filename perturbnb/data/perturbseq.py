@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'VARIANTS', 'separator', 'parse_labels', 'genes_of', 'Stat
            'variant_of', 'read_perturbseq', 'write_dialects', 'bulk_of']
 
 # %% ../../nbs/data/04_perturbseq.ipynb #2943b41b
-import re
+import os, re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ def separator(
 def parse_labels(
     labels: pd.Series,  # one label for each cell
     sep: "str | None" = None,  # the sign between two genes; found by `separator` if not given
+    control: "str | Sequence[str]" = (),  # names of controls in this file, besides the known ones
 ) -> pd.Series:  # KLF1+SET, KLF1, control
     "Labels of any dialect in one form."
     gone = labels.isna() | labels.astype(str).str.strip().str.lower().isin(["", "nan", "none", "*", "unassigned"])
@@ -38,7 +39,17 @@ def parse_labels(
                          "drop cells without a guide first")
     kinds = labels.astype(str).unique()
     sep = sep or separator(kinds)
-    return labels.astype(str).map({v: _canonical(v, sep) for v in kinds})
+    return labels.astype(str).map({v: _canonical(w, sep) for v, w in _call_ctrl(kinds, sep, control).items()})
+
+def _call_ctrl(kinds: np.ndarray, sep: str, control: "str | Sequence[str]") -> dict:
+    "Each label with the named controls in it called ctrl."
+    new = {v: v for v in kinds}
+    for c in [control] if isinstance(control, str) else control:
+        part = re.compile(rf"(^|{re.escape(sep)})\s*{re.escape(str(c).strip())}\s*(?={re.escape(sep)}|$)")
+        if not any(part.search(v) for v in kinds):
+            raise InputError(f"no label with the control {c!r}", "a label of this file, or a partner in one", nearest(str(c), kinds)[:200])
+        new = {v: part.sub(r"\1ctrl", w) for v, w in new.items()}
+    return new
 
 def _canonical(label: str, sep: str) -> str:
     "One label in the common form."
@@ -141,7 +152,30 @@ def value_state(
 
 # %% ../../nbs/data/04_perturbseq.ipynb #cce849ff
 TOTALS = ("ncounts", "total_counts", "n_counts", "nCount_RNA")  # counts of a cell over all genes
+WHOLE_FROM = 6_000  # genes: a file with fewer may be a selection
 
+def _totals(a: ad.AnnData, said: "str | None") -> "tuple[np.ndarray, str]":
+    "Counts of each cell over all genes and where they come from; stops where that would be a guess."
+    inside, these = np.asarray(a.X.sum(1), float).ravel(), f"the sums over these {a.n_vars:,} genes"
+    if said == "these genes": return inside, f"totals are {these}, as the caller said"
+    columns = {c: _numbers(a.obs, c) for c in ([said] if said else TOTALS) if said or c in a.obs}
+    low = [c for c, v in columns.items() if not (v >= inside).all()]
+    for c in columns:
+        if c not in low: return columns[c], f"totals from obs.{c}" + (f", equal to {these}" if (columns[c] == inside).all() else "")
+    if not said and "UMI_count" in a.obs and (_numbers(a.obs, "UMI_count") == inside).all():
+        return inside, f"totals are {these}, as obs.UMI_count says"
+    if said or a.n_vars < WHOLE_FROM:
+        have = f"obs.{low[0]} that is missing or below the sum of the counts in some cell" if low else "no column with each cell's counts over all genes"
+        raise InputError(f"counts of {a.n_vars:,} genes and {have}", "the total over all genes: a sum over selected genes is another unit",
+                         "name its column with totals= (or add it as total_counts); totals='these genes' if no other gene was counted")
+    return inside, f"totals are {these}"
+
+def _numbers(obs: pd.DataFrame, column: str) -> np.ndarray:
+    "A column as numbers, NaN where it holds none."
+    if column not in obs: raise InputError(f"no column {column!r} in obs", "a column of totals, or 'these genes'", nearest(column, obs.columns))
+    return pd.to_numeric(obs[column], errors="coerce").to_numpy(float)
+
+# %% ../../nbs/data/04_perturbseq.ipynb #25adbe7c
 def _at_cp10k(x, target: float):
     "Logarithms at another target, brought to 10,000."
     x = sparse.csr_matrix(x, dtype=float) if sparse.issparse(x) else np.asarray(x, float)
@@ -222,7 +256,7 @@ def _open(path: Path) -> ad.AnnData:
         raise InputError(f"{path} cannot be read as h5ad ({type(e).__name__}: {str(e)[:80]})", "an intact h5ad file",
                          "fetch the file again") from e
 
-def _cells(a: ad.AnnData, label: "str | None", sep, cell_line: str, pert_type: str, batch) -> pd.DataFrame:
+def _cells(a: ad.AnnData, label: "str | None", sep, control, cell_line: str, pert_type: str, batch) -> pd.DataFrame:
     "The columns of a signature table for each cell, and what the file said beside them."
     label = label or next((c for c in _LABELS if c in a.obs), None)
     if label not in a.obs:
@@ -234,22 +268,38 @@ def _cells(a: ad.AnnData, label: "str | None", sep, cell_line: str, pert_type: s
     for v in said:
         if re.sub(r"\W", "", v).upper() != re.sub(r"\W", "", cell_line).upper():
             raise InputError(f"the file says cell_line {v}", cell_line, f"say cell_line={v!r} if the file is right")
-    pert = parse_labels(a.obs[label], sep)
+    pert = parse_labels(a.obs[label], sep, () if control is None else control)
+    if (control is None or len(control)) and not (pert == "control").any(): raise _no_control(a.obs[label].astype(str).unique())
     n = pert.map({p: len(genes_of(p)) for p in pert.unique()}).astype(int)
-    kept = a.obs.rename(columns={"cell_type": "cell_type_in_file"}).drop(columns=["pert", "n_genes", "cell_line", "batch"], errors="ignore")
     new = {"pert": pert, "pert_type": np.where(n > 0, pert_type, "control"), "n_genes": n, "is_control": n == 0, "cell_line": cell_line,
            "dose_um": np.where(n > 0, np.nan, 0.0), "time_h": np.nan, "batch": _lanes(a.obs, batch)}
-    return pd.DataFrame(new, a.obs.index).join(kept, rsuffix="_in_file")
+    return pd.DataFrame(new, a.obs.index).join(_kept(a.obs, new))
+
+def _kept(obs: pd.DataFrame, taken: Iterable[str]) -> pd.DataFrame:
+    "What the file said, under another name where this table needs the name."
+    moved = {c: f"{c}_in_file" for c in obs if c in taken or c == "cell_type"}
+    return obs.drop(columns=[c for c, new in moved.items() if new in obs or c == "cell_line"]).rename(columns=moved)
+
+_CONTROL_HINT = re.compile(r"scramb|aavs|intergenic|rosa|lacz|lucif|target|contr|ctrl|unpert|parental|^(ut|wt|nt|none)$", re.I)
+
+def _no_control(labels: np.ndarray) -> InputError:
+    "What to say when no label is a control."
+    like = [v for v in labels if _CONTROL_HINT.search(v)][:3]
+    return InputError(f"no control among {len(labels)} labels ({', '.join(labels[:3])}, …)",
+                      "control, ctrl, NegCtrl0, non-targeting, NTC, unperturbed, untreated or such",
+                      f"name it: control={(like[0] if len(like) == 1 else like) if like else 'LABEL'!r}; control=() if the file has none")
 
 # %% ../../nbs/data/04_perturbseq.ipynb #1259132b
 def read_perturbseq(
     path: "str | Path",  # an h5ad file of cells
     *,
+    control: "str | Sequence[str] | None" = None,  # names of controls besides the known ones, such as AAVS1; (): a file without controls will do
     label: "str | None" = None,  # column of obs with the perturbation; a known name if not given
     sep: "str | None" = None,  # sign between two genes; found if not given
     cell_line: str = "K562",  # the line of these cells; never taken from the file
     pert_type: str = "crispra",  # crispra, crispri or crispr_ko
     batch: "str | None" = None,  # column of the lane; gemgroup or the barcode's number if not given
+    totals: "str | None" = None,  # for counts: column of obs with each cell's counts over all genes; or "these genes": no other was counted
     target_sum: "float | None" = None,  # total to which cells were scaled, where the values do not tell
 ) -> ad.AnnData:  # X log1p CP10k; layers["counts"] where known; obs of a signature table and n_genes, is_control
     "Cells of a Perturb-seq screen in one form, whatever the dialect of the file."
@@ -257,26 +307,28 @@ def read_perturbseq(
         raise InputError(f"pert_type={pert_type!r}", "crispra, crispri or crispr_ko",
                          nearest(pert_type, ["crispra", "crispri", "crispr_ko"]))
     if not str(cell_line).strip(): raise InputError("an empty cell_line", "the line of these cells", "K562 for Norman 2019")
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{type(path).__name__} in place of a file", "the path of an h5ad file", "write it first: adata.write_h5ad('cells.h5ad')")
     path = verified(path)
     a = _open(path)
-    obs, var = _cells(a, label, sep, cell_line, pert_type, batch), _gene_table(a.var)
-    total = next((pd.to_numeric(a.obs[c]).to_numpy(float) for c in TOTALS if c in a.obs), None)
-    try: x, counts, state = _values(a, total, target_sum)
+    obs, var = _cells(a, label, sep, control, cell_line, pert_type, batch), _gene_table(a.var)
+    try: x, counts, state = _values(a, totals, target_sum)
     except InputError as e: raise InputError(f"{path}: {e.came}", e.expected, e.cure) from None
     meta = {"file": path.name, "sha256": file_hash(path), "state": f"{state.kind}, target {state.target:g}: {state.how}",
             "variant": variant_of(obs, len(var))}
     return ad.AnnData(x, obs, var, uns={"perturbseq": meta}, layers={} if counts is None else {"counts": counts})
 
-def _values(a: ad.AnnData, total: "np.ndarray | None", target_sum: "float | None") -> tuple:
+def _values(a: ad.AnnData, totals: "str | None", target_sum: "float | None") -> tuple:
     "X as log1p CP10k, the counts where known, and what the file's X was."
     layer = a.layers.get("counts")
     layer = layer if layer is not None and (_sample(layer) % 1 == 0).all() else None
     state = value_state(a.X, layer, target_sum)
     if state.kind == "counts":
-        inside = np.asarray(a.X.sum(1), float).ravel()
-        x = log1p_cp10k(a.X, totals=total if total is not None and (total >= inside).all() else None, names=a.obs_names)
-        return x.astype(np.float32), a.X.astype(np.float32), state
-    x = _at_cp10k(a.X, state.target)
+        total, where = _totals(a, totals)
+        x = log1p_cp10k(a.X, totals=total, names=a.obs_names)
+        return x.astype(np.float32), a.X.astype(np.float32), state._replace(how=f"{state.how}; {where}")
+    known = [] if totals == "these genes" else [totals] if totals else [c for c in TOTALS if c in a.obs]
+    x, total = _at_cp10k(a.X, state.target), _numbers(a.obs, known[0]) if known else None
     return x.astype(np.float32), layer if layer is not None else _recovered(x, state, total), state
 
 # %% ../../nbs/data/04_perturbseq.ipynb #89ae1ff8
@@ -317,10 +369,10 @@ def _dialect(kind: str, t: dict, target: float) -> ad.AnnData:
     obs = pd.DataFrame({"condition": label, "cell_type": "A549", "control": [int(not p) for p in mixed]}, t["ids"])
     return ad.AnnData(log(target), obs, var.assign(gene_name=t["genes"]), layers={"counts": t["counts"].astype(np.float32)})
 
-# %% ../../nbs/data/04_perturbseq.ipynb #9d7e2a23
+# %% ../../nbs/data/04_perturbseq.ipynb #489a3f4c
 def bulk_of(
     cells: ad.AnnData,  # from `read_perturbseq`
-    by: "Sequence[str]" = ("pert", "batch"),  # what makes a group
+    by: "str | Sequence[str]" = "pert",  # what makes a group
 ) -> ad.AnnData:  # groups by genes, mean log1p CP10k, ready for `delta`
     "Mean of each group of cells."
     by = [by] if isinstance(by, str) else list(by)

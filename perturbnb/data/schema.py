@@ -547,7 +547,8 @@ def log1p_cp10k(
     x = sparse.csr_matrix(counts, dtype=float, copy=True) if sparse.issparse(counts) else np.array(counts, float)
     names = range(x.shape[0]) if names is None else names
     _refuse(x, names, lambda v: ~np.isfinite(v) | (v < 0), "finite counts of 0 or more", "start from the raw counts")
-    if not fractional: _refuse(x, names, lambda v: v % 1 != 0, "whole counts", "use raw counts (or say log1p=True, or fractional=True)")
+    cure = "use raw counts; if these are log1p CP10k: pseudobulk(…, log1p=True), for a Perturb-seq screen data.perturbseq.bulk_of; estimated counts: fractional=True"
+    if not fractional: _refuse(x, names, lambda v: v % 1 != 0, "whole counts", cure)
     inside = np.asarray(x.sum(1), float).ravel()
     total = inside if totals is None else np.asarray(totals, float)
     _refuse_totals(total, inside, names)
