@@ -271,10 +271,41 @@ def test_leaky_features_are_caught(name, kind):
 def test_a_builder_that_learns_from_train_passes_with_the_split_alone():
     a = screen()
     s = split("unseen_combo", a.obs.assign(pert=a.obs.pert.astype(str).replace({"D": "A+B", "E": "B+C"})), test=0.5, val=0)
-    encode = lambda b: dense(b.X)[s.mask(a, "train")].mean(0) + np.zeros((b.n_obs, 8))
+    encode = lambda b, s: dense(b.X)[s.mask(b, "train")].mean(0) + np.zeros((b.n_obs, 8))
     assert audit_features(encode, a, split=s, forbidden="X").proved
-    with pytest.raises(LeakError): audit_features(encode, a, forbidden="X")
-    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[treated(a)].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+    centre = lambda b, s: dense(b.X) - dense(b.X)[s.mask(b, "train")].mean(0)
+    assert any("move with their rows" in p for p in audit_features(centre, a, split=s, forbidden="labels").proved)
+    with pytest.raises(InputError, match="a builder of two arguments"): audit_features(encode, a, forbidden="X")
+    with pytest.raises(LeakError, match="takes .adata, split. and the audit split="):
+        audit_features(lambda b: dense(b.X)[s.mask(b, "train")].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[s.mask(a, "train")].mean(0) + np.zeros((b.n_obs, 8)), a, forbidden="X")
+    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[treated(b)].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+
+
+@pytest.mark.parametrize("tint", [0, 1e-4, 1e-9])
+def test_a_row_number_under_an_allowed_column_is_caught(tint):
+    a = screen()
+    a.obs["n_cells"] = np.random.default_rng(1).integers(50, 500, a.n_obs)
+    for number in (lambda b: np.arange(b.n_obs), lambda b: np.arange(b.n_obs) // 4, lambda b: np.arange(b.n_obs)[::-1] * 1e-2):
+        with pytest.raises(LeakError, match="does not move with its row"):
+            audit_features(lambda b: np.c_[dense(b.X), number(b) + tint * b.obs.n_cells.to_numpy()], a, forbidden="labels")
+    assert audit_features(lambda b: b.obs.n_cells.to_numpy() * tint, a).proved
+    assert any("place of a row was not checked" in n for n in audit_features(lambda b: np.arange(b.n_obs), a, places=False).notes)
+
+
+def test_memories_under_allowed_content_are_caught():
+    a, memory = screen(), {}
+    a.obs["well"], a.obs["n_cells"] = [f"W{i:03d}" for i in range(40)], np.arange(40) * 7 % 40
+    leak = lambda b: b.obs.groupby("pert", observed=True).score.transform("mean").to_numpy()
+    for key in (lambda b: tuple(b.obs.well), lambda b: hash(tuple(b.obs.batch)), lambda b: b.obs.n_cells.to_numpy().tobytes()):
+        memory.clear()
+        with pytest.raises(LeakError): audit_features(lambda b: memory.setdefault(key(b), leak(b)), a, forbidden="labels")
+    table = dict(zip(a.obs.well, a.obs.pert.cat.codes))  # a stored dictionary cannot be told from knowledge: the column is named
+    found = audit_features(lambda b: b.obs.well.map(table).to_numpy(), a, forbidden="labels")
+    assert found.notes[0] == "features depend on these columns of obs, as they may: well"
+    a.uns["by_well"] = table
+    found = audit_features(lambda b: [b.uns["by_well"][w] for w in b.obs.well], a, forbidden="labels")
+    assert "features read uns/by_well: what stands there was taken as given" in found.notes
 
 
 def test_builders_that_hide_something():

@@ -7,7 +7,7 @@ __all__ = ['FACETS', 'PROMISES', 'EXTRA', 'ALLOWED', 'LeakError', 'Audit', 'face
            'audit_features', 'audit_fit']
 
 # %% ../../nbs/data/08a_audit.ipynb #a116b82b
-import copy, dataclasses, functools, types
+import copy, dataclasses, functools, inspect, types, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from scipy import sparse
 
 from ..core import InputError, nearest, rng
 from .drugs import plain, structure_groups
-from .schema import PERT_TYPES
+from .schema import PERT_TYPES, VAR
 from .split import PARTS, SPLITS, Split, make_split, obs_of, split_hash
 
 # %% ../../nbs/data/08a_audit.ipynb #72d85bca
@@ -462,9 +462,9 @@ def _renamed(a: ad.AnnData, word: str) -> ad.AnnData:
     out.obs_names = [f"{word}-{i}" for i in rng(0, "data.audit", "names", word).permutation(a.n_obs)]
     return out
 
-def _features(builder: Callable, a: ad.AnnData) -> pd.DataFrame:
+def _features(builder: Callable, a: ad.AnnData, *more) -> pd.DataFrame:
     "What a builder returns, as a table with a row for each observation, in their order."
-    out = builder(a)
+    out = builder(a, *more)
     if isinstance(out, pd.DataFrame) and list(map(str, out.index)) != list(a.obs_names):
         raise InputError("a table whose index is not obs_names", "one row for each observation, in the order of the data",
                          "reindex it with adata.obs_names")
@@ -478,6 +478,25 @@ def _features(builder: Callable, a: ad.AnnData) -> pd.DataFrame:
     return pd.DataFrame(x, columns=names or [f"feature {i}" for i in range(x.shape[1])])
 
 # %% ../../nbs/data/08a_audit.ipynb #f7b44ddc
+def _takes_split(builder: Callable) -> bool:
+    "Whether a builder must be given a second argument."
+    try: known = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError): return False
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known) > 1
+
+def _runner(builder: Callable, a: ad.AnnData, split: "Split | None") -> Callable:
+    "run(b, order): the features of b, whose rows are the rows `order` of a; the split goes along under b's names."
+    both = _takes_split(builder)
+    if both and split is None:
+        raise InputError("a builder of two arguments", "adata alone, or a split to give it", "tell the audit with split=")
+    def run(b: ad.AnnData, order: "np.ndarray | None" = None) -> pd.DataFrame:
+        if not both: return _features(builder, b)
+        names = a.obs_names.map(str) if order is None else a.obs_names.map(str)[order]
+        table = split.table.loc[names].set_axis(b.obs_names)
+        return _features(builder, b, make_split(split.name, table, seed=split.seed, params=split.params, notes=split.notes))
+    return run
+
+# %% ../../nbs/data/08a_audit.ipynb #9c8c90f3
 def _same(x: np.ndarray, y: np.ndarray) -> np.ndarray: return (x == y) | ((x != x) & (y != y))
 
 def _changed_features(a: pd.DataFrame, b: pd.DataFrame, names: pd.Index) -> "str | None":
@@ -491,38 +510,48 @@ def _changed_features(a: pd.DataFrame, b: pd.DataFrame, names: pd.Index) -> "str
     size = f"{int((~same).any(1).sum())} rows and {int((~same).any(0).sum())} features change"
     return f"{a.columns[c]!r} of row {names[r]!r} was {_show(x[r, c])} and is {_show(y[r, c], x[r, c])} ({size})"
 
-def _tried(builder: Callable, a: ad.AnnData, base: pd.DataFrame, names: pd.Index) -> "str | None":
+def _tried(run: Callable, b: ad.AnnData, base: pd.DataFrame, names: pd.Index) -> "str | None":
     "How the features differ on changed data; an error of the builder is a difference too."
-    try: now = _features(builder, a)
-    except Exception as e: return f"the builder fails with {type(e).__name__}: {str(e)[:80]}"
+    try: now = run(b)
+    except Exception as e: return _fails("the builder", e)
     return _changed_features(base, now, names)
 
-# %% ../../nbs/data/08a_audit.ipynb #9c8c90f3
-def _sound(builder: Callable, a: ad.AnnData, alive: list, places: bool) -> pd.DataFrame:
-    "The features, if the builder is deterministic, leaves its input alone, and looks neither at names nor at places."
+def _fails(who: str, e: Exception) -> str: return f"{who} fails with {type(e).__name__}: {' '.join(str(e).split())[:80]}"
+
+# %% ../../nbs/data/08a_audit.ipynb #7b669781
+def _sound(run: Callable, a: ad.AnnData, alive: list) -> pd.DataFrame:
+    "The features, if the builder is deterministic, leaves its input alone, and looks at no names."
     alive += [a.copy(), a.copy(), _renamed(a, "renamed")]
-    base = _features(builder, alive[0])
+    base = run(alive[0])
     if d := difference(a, alive[0]):
         raise InputError(f"the builder changes its input: {d}", "a builder that only reads", "copy inside it first")
-    if d := _changed_features(base, _features(builder, alive[1]), a.obs_names):
+    if d := _changed_features(base, run(alive[1]), a.obs_names):
         raise InputError(f"the builder is not deterministic: with the same input {d}", "equal features for equal input",
                          "give it a seed of its own in each call")
-    if d := _tried(builder, alive[2], base, a.obs_names):
+    if d := _tried(run, alive[2], base, a.obs_names):
         raise _leak(f"features depend on the names of the rows: after renaming {d}", "features of what is in a row",
-                    "look things up by a column, not by name")
-    if places: _refuse_places(builder, a, base, alive)
+                    "look things up by a column; a builder that needs the split takes (adata, split) and the audit split=")
     return base
 
-def _refuse_places(builder: Callable, a: ad.AnnData, base: pd.DataFrame, alive: list) -> None:
-    "Raise if a feature stays where it was when the rows are rolled by one."
-    alive.append(_renamed(a[np.roll(np.arange(a.n_obs), 1)], "rolled"))
-    x, y = base.to_numpy(), _features(builder, alive[-1]).to_numpy()
-    if x.shape != y.shape: return
-    stuck = base.columns[_same(x, y).all(0) & ~_same(x, np.roll(x, 1, 0)).all(0)]
-    if len(stuck):
-        raise _leak(f"{stuck[0]!r} stays in its place when the rows move ({len(stuck)} of {x.shape[1]} features)",
-                    "features of what is in a row",
-                               "it uses row numbers or a stored table; in sorted data the place is the label (places=False allows it)")
+# %% ../../nbs/data/08a_audit.ipynb #f1d39f0e
+def _rounding(a: ad.AnnData, x: np.ndarray, y: np.ndarray) -> "np.ndarray | None":
+    "Differences in units of what rounding may do, for each value; None if they are not numbers."
+    try: x, y = x.astype(float), y.astype(float)
+    except (TypeError, ValueError): return None
+    kinds = [m.dtype for m in (a.X, *a.layers.values()) if m is not None and m.dtype.kind == "f"]
+    eps = min(max([np.finfo(float).eps, *(np.finfo(k).eps for k in kinds)]), np.finfo(np.float32).eps)
+    large = np.where(np.isfinite(x), np.abs(x), 0).max(0, initial=0)
+    with np.errstate(all="ignore"): off = np.abs(x - y) / (1024 * eps * large)
+    return np.where(_same(x, y), 0, np.where(np.isnan(off), np.inf, off))
+
+def _moves(a: ad.AnnData, base: pd.DataFrame, moved: pd.DataFrame) -> "tuple[str | None, bool]":
+    "How features that came back to their old order differ from the first ones beyond rounding; and whether rounding shows."
+    d = _changed_features(base, moved, a.obs_names)
+    if d is None or base.shape != moved.shape or list(base) != list(moved): return d, False
+    off = _rounding(a, base.to_numpy(), moved.to_numpy())
+    if off is not None and (off <= 1).all(): return None, True
+    stuck = base.columns[(~_same(base.to_numpy(), moved.to_numpy()) if off is None else off > 1).any(0)]
+    return f"{stuck[0]!r} does not move with its row ({len(stuck)} of {base.shape[1]} features do not): {d}", False
 
 # %% ../../nbs/data/08a_audit.ipynb #1241c15e
 _PROFILE_WAYS, _LABEL_WAYS = ("made equal", "drawn anew", "permuted"), ("made equal", "named anew", "permuted", "permuted one by one")
@@ -546,8 +575,58 @@ def _columns_to_change(a: ad.AnnData, forbidden: Sequence[str], allowed: Sequenc
     return [c for c in a.obs if c in named or ("labels" in forbidden and c not in allowed)]
 
 # %% ../../nbs/data/08a_audit.ipynb #9248f3ad
+def _one_change(run: Callable, a: ad.AnnData, changed: ad.AnnData, word: str, alive: list) -> "tuple[str | None, pd.DataFrame | None]":
+    "Changed data first, then the real ones, in one fresh order: how they differ; and the real features, back in their old order."
+    order = rng(0, "data.audit", "order", word).permutation(a.n_obs)
+    alive += [_renamed(changed[order], word), _renamed(a[order], f"{word}-real")]
+    back = np.argsort(order)
+    try: now = run(alive[-2], order).iloc[back]
+    except Exception as e: return _fails("the builder", e), None
+    try: real = run(alive[-1], order).iloc[back]
+    except Exception as e: raise _leak(f"in another order of the rows {_fails('the builder', e)}", "a builder for any order",
+                                       "look things up by a column, not by place or name") from e
+    return _changed_features(real, now, a.obs_names), real
+
+def _refuse_places(a: ad.AnnData, base: pd.DataFrame, real: pd.DataFrame) -> bool:
+    "Raise if features do not move with their rows, or are not what they were; else whether rounding shows."
+    d, rounded = _moves(a, base, real)
+    if d:
+        raise _leak(f"features depend on the place of a row or on earlier calls: with the rows in another order {d}",
+                    "features of what is in a row, anew in each call",
+                    "it uses row numbers, a stored table or a memory; in sorted data the place is the label (places=False allows it)")
+    return rounded
+
+# %% ../../nbs/data/08a_audit.ipynb #7b62f6a7
+def _without(a: ad.AnnData, keys: Sequence[str]) -> ad.AnnData:
+    "A copy that lacks some entries; keys are written place/name."
+    b = a.copy()
+    for key in keys:
+        place, name = key.split("/", 1)
+        del getattr(b, place)[name]
+    return b
+
+def _precomputed(a: ad.AnnData, places: Sequence[str]) -> list:
+    "What somebody computed before and stored beside the data, as place/name; the columns of the schema are not counted."
+    own = {"var": {c.name for c in VAR}, "uns": {"perturbnb"}}
+    return [f"{p}/{k}" for p in places for k in getattr(a, p) if k not in own.get(p, ())]
+
+def _read(a: ad.AnnData, keys: list, differs: Callable) -> list:
+    "The entries without which a result is another; differs(data) tells."
+    if not keys or not differs(_without(a, keys)): return []
+    return [k for k in keys if differs(_without(a, [k]))] or [", ".join(keys)]
+
+def _columns_read(run: Callable, a: ad.AnnData, columns: Sequence[str], base: pd.DataFrame) -> list:
+    "The columns of obs on which the features depend."
+    def reads(c, how):
+        b = _labels_changed(a, [c], np.arange(a.n_obs), how, rng(0, "data.audit", "reads", c, how))
+        return _tried(run, _renamed(b, f"reads-{c}-{how}"), base, a.obs_names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [c for c in columns if any(reads(c, how) for how in ("permuted", "named anew"))]
+
+# %% ../../nbs/data/08a_audit.ipynb #7756c4d1
 def audit_features(
-    builder: Callable,  # adata -> array or table, one row for each observation
+    builder: Callable,  # adata -> array or table, one row for each observation; or (adata, split) -> …, with split=
     adata: ad.AnnData,  # the data it will be used on, or a sample of them
     *,
     split: "Split | None" = None,  # then only treated rows outside train are changed: the builder may learn from train
@@ -557,30 +636,45 @@ def audit_features(
     places: bool = True,  # refuse features that depend on the place of a row
 ) -> Audit:  # sentences for the report
     "Prove that inputs do not depend on labels or treated profiles; `LeakError` names row and feature otherwise."
-    a = adata.to_memory() if adata.isbacked else adata
+    a = (adata.to_memory() if adata.isbacked else adata)[np.arange(adata.n_obs)].copy()
     forbidden = (forbidden,) if isinstance(forbidden, str) else tuple(forbidden)
     rows, columns, alive = _rows_to_change(a, split), _columns_to_change(a, forbidden, allowed), []
     tests = [("treated profiles", h, functools.partial(_profiles_changed, a)) for h in _PROFILE_WAYS if "X" in forbidden]
     tests += [(f"labels ({', '.join(columns)})", h, functools.partial(_labels_changed, a, columns)) for h in _LABEL_WAYS if columns]
     if not tests:
         raise InputError(f"forbidden={forbidden}", "something to change: X, labels or a column", "say what the builder must not read")
-    base = _sound(builder, a, alive, places)
+    run = _runner(builder, a, split)
+    base, rounded = _sound(run, a, alive), False
     for what, how, change in tests:
-        alive.append(_renamed(change(rows, how, rng(seed, "data.audit", what, how)), f"{what}-{how}"))
-        if d := _tried(builder, alive[-1], base, a.obs_names):
+        d, real = _one_change(run, a, change(rows, how, rng(seed, "data.audit", what, how)), f"{what}-{how}", alive)
+        if d:
             raise _leak(f"features depend on {what}: after these were {how} in {len(rows)} rows, {d}",
                         f"equal features, since the model must not see the {what}",
-                        "compute them without; if the model may read them, say so with forbidden=")
-    return _feature_report(base, rows, list(dict.fromkeys(w for w, *_ in tests)), split)
+                        "compute them without; if the model may read them, say so with forbidden= or allowed=")
+        if places: rounded |= _refuse_places(a, base, real)
+    notes = _feature_notes(run, a, base, columns, places, rounded)
+    return _feature_report(base, rows, list(dict.fromkeys(w for w, *_ in tests)), split, notes)
 
-# %% ../../nbs/data/08a_audit.ipynb #7b62f6a7
-def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None") -> Audit:
+# %% ../../nbs/data/08a_audit.ipynb #ecc3e57d
+def _feature_notes(run: Callable, a: ad.AnnData, base: pd.DataFrame, changed: Sequence[str], places: bool, rounded: bool) -> list:
+    "What the features read although it was not changed, and what the proof leaves open."
+    used = _columns_read(run, a, [c for c in a.obs if c not in changed], base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = _read(a, _precomputed(a, ("var", "varm", "varp", "uns")), lambda b: _tried(run, b, base, a.obs_names))
+    out = [f"features depend on these columns of obs, as they may: {', '.join(used)}" if used else "features depend on no column of obs"]
+    out += [f"features read {', '.join(stored)}: what stands there was taken as given"] if stored else []
+    out += ["what stands in var, varm and uns, and what the builder holds already, was taken as given"]
+    out += ["the place of a row was not checked (places=False)"] * (not places)
+    out += ["with the rows in another order features agree up to rounding, not bit for bit"] * rounded
+    return out + ["all features are constant"] * bool((base.nunique(dropna=False) <= 1).all())
+
+def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None", notes: list) -> Audit:
     where = f"{len(rows)} treated rows" + (" outside train" if split is not None else "")
     claim = f"{base.shape[1]} features of {len(base)} rows stay equal, bit for bit, when the"
     proved = [f"{claim} {k} of {where} are permuted, made equal and replaced" for k in kinds]
-    flat = bool((base.nunique(dropna=False) <= 1).all())
-    notes = ["what stands in var, varm and uns was taken as given"] + ["all features are constant"] * flat
-    return Audit("the inputs", (*proved, "the builder is deterministic, leaves its input alone, and looks at no row name"),
+    moved = ["features move with their rows"] * (not any("places=False" in n for n in notes))
+    return Audit("the inputs", (*proved, "the builder is deterministic, leaves its input alone, and looks at no row name", *moved),
                  notes=tuple(notes))
 
 # %% ../../nbs/data/08a_audit.ipynb #fb877939
