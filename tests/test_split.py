@@ -183,6 +183,32 @@ def test_clear_errors():
     with pytest.raises(InputError, match="a list"): split("donor", [1, 2])
 
 
+@pytest.mark.parametrize("seed", [-1, None, "a", 1.7, 2**40, True])
+@pytest.mark.parametrize("name", ["gears", "doubles", "unseen_gene"])
+def test_odd_seeds_are_refused(name, seed):
+    with pytest.raises(InputError, match="a whole number from 0") as e: split(name, genes(0), seed=seed)
+    assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="seed="): make_split("x", pd.Series({"a": "train"}), seed=seed)
+
+
+def test_odd_options_are_refused(tmp_path):
+    obs, two = drugs(0), pd.DataFrame({"pert": ["A", "B", "C", "A+B", "B+C"], "pert_type": "crispra"})
+    for f, words in [(lambda: split("unseen_drug", obs, test=["d01", 3]), "no drug '3'"), (lambda: split("unseen_drug", obs, stratify=["a"]), "the name of the column"),
+                     (lambda: split("replicate_out", obs, by=["batch"]), "the name of one column"), (lambda: split(["pair"], obs), "a rule of"),
+                     (lambda: split("doubles", two), "three combinations or more"), (lambda: split("gears", genes(0), genes_train=True), "genes_train=True"),
+                     (lambda: make_split("x", pd.Series({"a": "train"}), params={"a": np.int64(3)}), "JSON cannot hold"),
+                     (lambda: make_split("x", pd.Series({"a": "train"}), params=[1]), "a dictionary"), (lambda: make_split("x", ["train"]), "a table or Series"),
+                     (lambda: make_split(None, pd.Series({"a": "train"})), "a name"), (lambda: audit("x", obs), "a Split")]:
+        with pytest.raises(InputError, match=words) as e: f()
+        assert "\n" not in str(e.value)
+    path = split("unseen_drug", obs).save(tmp_path / "s.parquet")
+    table, head = pq.read_table(path), {"name": "x", "seed": 1, "params": {}, "notes": [], "hash": ""}
+    for text in ["[]", "null", "[" * 100000, *(json.dumps(head | odd) for odd in ({"notes": None}, {"seed": "q"}, {"hash": None}, {"params": []}, {"name": 3}))]:
+        pq.write_table(table.replace_schema_metadata({"perturbnb_split": text}), path)
+        with pytest.raises((InputError, ChangedFile)) as e: load(path)
+        assert "\n" not in str(e.value) and str(path) in str(e.value)
+
+
 def test_strata_of_combinations_are_checked():
     obs = genes(2)
     for name in ("unseen_combo", "gears"):
@@ -209,6 +235,88 @@ def test_audit_needs_the_column_it_proves():
     with pytest.raises(LeakError, match="d00 hydrochloride"):  # names passed, structures do not
         named = split("unseen_cell_line", obs.assign(cell_line=obs.pert), test=["d00"], val=0)
         audit(make_split("unseen_drug", named.table), obs)
+
+
+def pair_of(column, a, b, rule="unseen_drug", **more):
+    "Audit of two rows, one in train and one in test, that differ in one column."
+    obs = pd.DataFrame({"pert": ["x", "y"], "pert_type": "compound", "cell_line": "L", "batch": "b"} | more, index=["r0", "r1"]).astype(object)
+    obs[column] = pd.Series([a, b], obs.index, dtype=object)
+    return audit(make_split(rule, pd.Series(["train", "test"], obs.index)), obs)
+
+
+@pytest.mark.parametrize("a,b", [("aspirin", "a\u200bspirin"), ("aspirin", "asp\u00adirin"), ("5-FU", "5\u2011FU"), ("caf\u00e9", "cafe\u0301"), ("\uff41spirin", "aspirin"),
+                                 ("dox", "dox-hydrochloride"), ("dox", "Dox_HCl"), ("dox", "dox (hydrochloride salt)"), ("ibuprofen", "ibuprofen lysinate"), ("\u00b5-x", "\u03bc-x")])
+def test_one_drug_in_two_spellings_is_caught(a, b):
+    with pytest.raises(LeakError, match="stands in two parts"): pair_of("pert", a, b)
+    names = [a, b, *(f"other{i}" for i in range(8))]
+    obs = pd.DataFrame({"pert": names, "pert_type": "compound"}, index=[f"r{i}" for i in range(10)])
+    for seed in SEEDS: audit(split("unseen_drug", obs, seed=seed), obs)  # the rule joins what the audit joins
+
+
+METFORMIN, SULFADIAZINE, ASPIRIN = "CN(C)C(=N)N=C(N)N", "Nc1ccc(cc1)S(=O)(=O)Nc1ncccn1", "CC(=O)Oc1ccccc1C(=O)O"
+
+
+@pytest.mark.parametrize("a,b", [(METFORMIN, METFORMIN + ".OC(=O)C1=CC(=O)NC(=O)N1"), (METFORMIN, METFORMIN + ".OC(=O)COc1ccc(Cl)cc1"),
+                                 (SULFADIAZINE, "Nc1ccc(cc1)S(=O)(=O)N([Ag])c1ncccn1"), (ASPIRIN, "CC(=O)Oc1ccccc1C(=O)[O-].[Na+]")])
+def test_one_structure_in_two_forms_is_caught(a, b):
+    with pytest.raises(LeakError, match="no structure stands in two parts"): pair_of("smiles", a, b)
+
+
+@pytest.mark.parametrize("kind,words", [("control", "is typed control, but is the same drug"), ("Control", "is typed control, but"), ("shrna", "is a genetic perturbation")])
+def test_a_salt_under_another_type_is_caught(kind, words):
+    obs = pd.DataFrame({"pert": ["aspirin", "ibu", "aspirin sodium"], "pert_type": ["compound", "compound", kind], "cell_line": "L",
+                        "smiles": [ASPIRIN, "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "CC(=O)Oc1ccccc1C(=O)[O-].[Na+]"]}, index=list("abc"))
+    part = pd.Series(["test", "train", "control" if kind.lower() == "control" else "train"], obs.index)
+    with pytest.raises(InputError, match=words): audit(make_split("unseen_drug", part), obs)
+    if kind == "shrna":
+        with pytest.raises(LeakError, match="no structure stands in two parts"): audit(make_split("grouped_well", part), obs)
+
+
+def test_drugs_without_structure_are_counted():
+    assert "1 of 2 drugs have no structure and were compared by name alone" in pair_of("smiles", ASPIRIN, None).notes
+
+
+@pytest.mark.parametrize("rule,column,a,b", [("unseen_cell_line", "cell_line", "MCF7", "MCF-7"), ("unseen_cell_line", "cell_line", "A549", "a 549"), ("donor", "donor", "1", "1.0"),
+                                             ("donor", "donor", 1, 1.0), ("donor", "donor", "donor_1", "donor-1"), ("donor", "donor", "donor 01", "donor1"),
+                                             ("replicate_out", "replicate", "rep1", "Rep 1")])
+def test_one_line_or_donor_in_two_spellings_is_caught(rule, column, a, b):
+    with pytest.raises(LeakError, match="stands in two parts"): pair_of(column, a, b, rule)
+    obs = pd.DataFrame({"pert": "x", "pert_type": "compound", column: pd.Series([a, b, "c", "d", "e"], dtype=object)})
+    for seed in SEEDS:
+        s = split(rule, obs, seed=seed, test=0.4, val=0)
+        found = audit(s, obs)
+        assert sum("taken as one value" in n for n in (*s.notes, *found.notes)) >= 1 or str(a) == str(b) or type(a) is not type(b)
+
+
+@pytest.mark.parametrize("wells,batches,plates,leak", [(("A1", "A01"), "x", "P1", True), (("A01", "A01"), ["run1", "run2"], "P1", True), (("a01 ", "A01"), ["run1", "run2"], None, False),
+                                                       (("A01", "A01"), "x", ["P1", "P2"], False), (("A01", "A-1"), "x", None, True), (("A1", "A10"), "x", "P1", False)])
+def test_wells_are_places_on_plates(wells, batches, plates, leak):
+    more = {"batch": batches, "replicate": ["1", "2"]} | ({"plate": plates} if plates else {})
+    if not leak: assert pair_of("well", *wells, rule="replicate_out", **more).proved; return
+    with pytest.raises(LeakError, match="no well stands in two parts"): pair_of("well", *wells, rule="replicate_out", **more)
+
+
+@pytest.mark.parametrize("name", GENETIC)
+def test_gene_rules_in_other_dialects(name):
+    "A+ctrl, ctrl+A, another case and another order are the same condition, and the same split."
+    obs = genes(3)
+    single = ~obs.pert.str.contains("+", regex=False) & (obs.pert_type != "control")
+    other = obs.assign(pert=[f"{p}+ctrl" if one and i % 2 else f"ctrl+{p}" if one else p.lower().replace("+", " + ") if i % 3 and p != "control" else p
+                             for i, (p, one) in enumerate(zip(obs.pert, single))])
+    for seed in (1, 2):
+        s, t = split(name, obs, seed=seed), split(name, other, seed=seed)
+        pd.testing.assert_frame_equal(s.table, t.table)
+        assert [p.split("hash")[0] for p in audit(t, other).proved] == [p.split("hash")[0] for p in audit(s, obs).proved]
+    if name == "doubles":
+        assert any("all 12 single perturbations" in p for p in audit(t, other).proved)
+        alone = obs[~single]
+        found = audit(split(name, alone), alone)
+        assert not any("single" in p for p in found.proved) and "nothing to prove about singles" in found.notes[-1]
+
+
+def test_pair_knows_genes():
+    obs = pd.DataFrame({"pert": ["A", "B", "B"], "pert_type": "crispra", "cell_line": ["L1", "L1", "L2"]}, index=list("xyz"))
+    with pytest.raises(LeakError, match="perturbation 'a' of row 'x' has no row in train"): audit(make_split("pair", pd.Series(["test", "train", "train"], obs.index)), obs)
 
 
 def test_audit_lines_fit_a_result(tmp_path):

@@ -17,8 +17,8 @@ import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, nearest, rng
-from .drugs import plain, structure_groups
-from .schema import PERT_TYPES, VAR
+from .drugs import loose, plain, structure_groups
+from .schema import PERT_TYPES, VAR, is_control_name
 from .split import PARTS, SPLITS, Split, make_split, obs_of, split_hash
 
 # %% ../../nbs/data/08a_audit.ipynb #72d85bca
@@ -52,39 +52,58 @@ def _long(values: pd.Series, spell: Callable = plain) -> pd.DataFrame:
     text = values.astype(object).map(known).replace("", np.nan).dropna()
     return pd.DataFrame({"row": text.index, "value": text.to_numpy()})
 
-def _label(pert) -> str: return "+".join(sorted({plain(g) for g in str(pert).split("+")} - {""}))
+def _label(pert) -> str:
+    "The parts of a name, sorted; controls among them left out."
+    parts = sorted({plain(g) for g in str(pert).split("+")} - {""})
+    return "+".join([g for g in parts if not is_control_name(g)] or parts)
 
 def _labels(obs: pd.DataFrame) -> pd.Series: return obs["pert"].astype(object).map({p: _label(p) for p in obs["pert"].unique()})
 
-def _by_structure(obs: pd.DataFrame, by: str) -> pd.Series:
-    "Structure or scaffold group of each row that is a drug: no genetic perturbation and no control."
-    drugs = obs[~obs["pert_type"].astype(object).isin([*_GENETIC, "control"])]
+def _types(obs: pd.DataFrame) -> pd.Series: return obs["pert_type"].astype(object).map(plain, na_action="ignore")
+
+def _drawn(obs: pd.DataFrame) -> pd.Series:
+    "Which rows have a structure."
+    has = obs["smiles"].notna() & obs["smiles"].astype(str).str.strip().ne("") if "smiles" in obs else False
+    return pd.Series(has, obs.index)
+
+def _by_structure(obs: pd.DataFrame, by: str = "structure", controls: bool = False) -> pd.Series:
+    "Structure or scaffold group of each drug, and of whatever else has a structure; of all controls too, if asked."
+    other = _types(obs).isin(_GENETIC if controls else [*_GENETIC, "control"])
+    drugs = obs[~other | _drawn(obs)]
     if drugs.empty: return pd.Series([], drugs.index[:0], dtype=object)
     groups = structure_groups(drugs.drop_duplicates([c for c in ("pert", "smiles") if c in drugs]), name="pert", by=by)
-    return drugs["pert"].map(str).map(groups["group"])
+    return drugs["pert"].astype(object).map(str).map(groups["group"])
 
 # %% ../../nbs/data/08a_audit.ipynb #abdc1795
+def _at(s: pd.Series) -> pd.Series: return s.astype(object).map({v: loose(v) for v in s.dropna().unique()})
+
 def _joined(*columns: pd.Series) -> pd.Series:
-    "Several columns as one text."
-    return functools.reduce(lambda a, b: a.str.cat(b, sep=" | "),
-                            (c.astype(object).map({v: plain(v) for v in c.dropna().unique()}) for c in columns))
+    "Several columns of text as one."
+    return functools.reduce(lambda a, b: a.str.cat(b, sep=" | "), (c.astype(object) for c in columns))
+
+def _partner(obs: pd.DataFrame) -> pd.Series: return _by_structure(obs).reindex(obs.index).fillna(_labels(obs))
 
 def _genes_of(obs: pd.DataFrame) -> pd.DataFrame:
     "The genes of each genetic perturbation."
-    return _long(obs[obs["pert_type"].astype(object).isin(_GENETIC)]["pert"].map(str).str.split("+").explode())
+    return _long(_labels(obs[_types(obs).isin(_GENETIC)]).map(lambda label: label.split("+")).explode(), str)
+
+def _well(obs: pd.DataFrame) -> "pd.DataFrame | None":
+    "Plate and well; batch and well where no plate is told."
+    if "well" not in obs: return None
+    place = [_at(obs[c]) for c in ("plate", "batch") if c in obs and obs[c].notna().any()][:1]
+    return _long(_joined(*place, _at(obs["well"])), str)
 
 FACETS: "dict[str, Callable]" = {  # name -> table (row, value), or None where the columns are missing
-    "perturbation": lambda o: _long(_labels(o)),
+    "perturbation": lambda o: _long(_labels(o), str),
     "structure": lambda o: _long(_by_structure(o, "structure"), str),
     "scaffold": lambda o: _long(_by_structure(o, "scaffold"), str) if "smiles" in o else None,
     "gene": _genes_of,
-    "cell line": lambda o: _long(o["cell_line"]) if "cell_line" in o else None,
-    "pair": lambda o: _long(_joined(_by_structure(o, "structure").reindex(o.index).fillna(_labels(o)),
-                                    o["cell_line"])) if "cell_line" in o else None,
-    "donor": lambda o: _long(o["donor"]) if "donor" in o else None,
-    "replicate": lambda o: _long(o["replicate"]) if "replicate" in o else None,
-    "plate": lambda o: _long(o[next(c for c in ("plate", "batch") if c in o)]) if {"plate", "batch"} & set(o) else None,
-    "well": lambda o: _long(_joined(*(o[c] for c in ("plate", "batch") if c in o), o["well"])) if "well" in o else None,
+    "cell line": lambda o: _long(o["cell_line"], loose) if "cell_line" in o else None,
+    "pair": lambda o: _long(_joined(_partner(o), _at(o["cell_line"])), str) if "cell_line" in o else None,
+    "donor": lambda o: _long(o["donor"], loose) if "donor" in o else None,
+    "replicate": lambda o: _long(o["replicate"], loose) if "replicate" in o else None,
+    "plate": lambda o: _long(o[next(c for c in ("plate", "batch") if c in o)], loose) if {"plate", "batch"} & set(o) else None,
+    "well": _well,
 }
 
 # %% ../../nbs/data/08a_audit.ipynb #94570360
@@ -94,7 +113,7 @@ def facet(
 ) -> "pd.DataFrame | None":  # columns row and value; None if the columns it needs are missing
     "What the rows have of one facet."
     if name in FACETS: return FACETS[name](obs)
-    return _long(obs[name]) if name in obs else None
+    return _long(obs[name], loose) if name in obs else None
 
 # %% ../../nbs/data/08a_audit.ipynb #12f2a74b
 PROMISES: "dict[str, tuple]" = {
@@ -103,7 +122,7 @@ PROMISES: "dict[str, tuple]" = {
     "grouped_well": ("perturbation", "structure", "well"), "replicate_out": ("{by}", "well"), "donor": ("donor",),
     "unseen_gene": ("perturbation",), "unseen_combo": ("perturbation",), "gears": ("perturbation",), "doubles": ("perturbation",),
     "random_rows": ()}
-EXTRA = {"pair": "each drug and line of val and test is in train",
+EXTRA = {"pair": "each perturbation and line of val and test is in train",
          "unseen_gene": "each condition of val and test has a gene that no earlier part has",
          "unseen_combo": "single perturbations are all in train; the strata are true",
          "gears": "the strata are true: no gene of an unseen_single is in train or val",
@@ -145,7 +164,7 @@ def _belongs(split: Split, obs: pd.DataFrame) -> None:
 # %% ../../nbs/data/08a_audit.ipynb #65cb0079
 def _controls(split: Split, obs: pd.DataFrame, part: pd.Series) -> None:
     "Raise unless the part control holds the controls, and they alone."
-    control = obs["pert_type"].astype(object).map(plain, na_action="ignore").eq("control")
+    control = _types(obs).eq("control")
     cure = "correct pert_type, or make the split again"
     if (bad := obs.index[part.eq("control") & ~control]).size:
         raise _leak(f"{bad.size} treated rows stand in part control: {_some(bad)}", "controls alone, since every part may use them", cure,
@@ -154,6 +173,13 @@ def _controls(split: Split, obs: pd.DataFrame, part: pd.Series) -> None:
     if (bad := obs.index[control & mixed.isin(set(mixed[~control]))]).size:
         raise _leak(f"row {bad[0]!r} is typed control, but {obs['pert'][bad[0]]!r} is a treatment elsewhere ({bad.size} such rows)",
                     "one type for one name", cure, obs.loc[bad, ["pert", "pert_type"]])
+    group = _by_structure(obs, controls=True)
+    treated = group[~control.reindex(group.index)].drop_duplicates()
+    if (bad := group.index[control.reindex(group.index) & group.isin(set(treated))]).size:
+        like = treated.index[treated == group[bad[0]]][0]
+        raise _leak(f"row {bad[0]!r} ({obs['pert'][bad[0]]}) is typed control, but is the same drug as row {like!r} "
+                    f"({obs['pert'][like]}, {part[like]}) by structure or name ({bad.size} such rows)",
+                    "controls that are no treatment", cure, obs.loc[bad, ["pert", "pert_type"]])
     if split.params.get("controls") != "split" and (bad := obs.index[control & ~part.isin(["control", "left_out"])]).size:
         raise _leak(f"{bad.size} controls stand in {', '.join(sorted(part[bad].unique()))}: {_some(bad)}", "controls in part control",
                     cure, obs.loc[bad, ["pert", "pert_type"]])
@@ -173,7 +199,7 @@ def _disjoint(split: Split, obs: pd.DataFrame, part: pd.Series, name: str) -> st
     if values is None:
         raise InputError(f"the split {split.name} promises unseen {name}s, and the data have no column for it",
                          f"the column that tells the {name}", "add it, or use another rule")
-    free = obs["pert_type"].isin([*_GENETIC, "control"]) & (name in ("structure", "scaffold"))  # these have no structure
+    free = _types(obs).isin([*_GENETIC, "control"]) & (name in ("structure", "scaffold"))  # these need no structure
     lost = dealt.difference(pd.Index(values["row"])).difference(obs.index[free])
     if lost.size:
         raise InputError(f"{lost.size} rows have no {name}: {_some(lost)}", f"a {name} in each row",
@@ -197,15 +223,14 @@ def _broken(split: Split, obs: pd.DataFrame, name: str, both: pd.DataFrame) -> L
 
 # %% ../../nbs/data/08a_audit.ipynb #35c14d67
 def _known_partners(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
-    "Each drug and line of val and test has a row in train."
-    for name in ("structure", "cell line"):
-        values = facet(obs, name)
+    "Each drug (or gene set) and line of val and test has a row in train."
+    for name, values in (("perturbation", _long(_partner(obs), str)), ("cell line", facet(obs, "cell line"))):
         known = set(values[values["row"].isin(obs.index[part == "train"])]["value"])
         bad = values[values["row"].isin(obs.index[part.isin(("val", "test"))]) & ~values["value"].isin(known)]
         if len(bad):
             raise _leak(f"{name} {bad['value'].iloc[0]!r} of row {bad['row'].iloc[0]!r} has no row in train",
-                        "each drug and line of val and test in train", "hold out fewer pairs", bad)
-    return "each drug and each cell line of val and test has rows in train"
+                        "each perturbation and line of val and test in train", "hold out fewer pairs", bad)
+    return "each perturbation and each cell line of val and test has rows in train"
 
 # %% ../../nbs/data/08a_audit.ipynb #c8da255c
 def _conditions(obs: pd.DataFrame, part: pd.Series) -> "dict[str, set]":
@@ -224,9 +249,10 @@ def _new_gene(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     return f"each held-out condition has a gene that no earlier part has ({len(sets['test'])} conditions in test)"
 
 # %% ../../nbs/data/08a_audit.ipynb #90c8393a
-def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
-    "Every single perturbation is in train."
+def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> "str | None":
+    "Every single perturbation is in train; nothing to prove if there is none."
     sets = _conditions(obs, part)
+    if not any(len(c) == 1 for of in sets.values() for c in of): return None
     for p in ("val", "test"):
         for c in sorted("+".join(c) for c in sets[p] if len(c) == 1)[:1]:
             raise _leak(f"the single {c!r} is in {p}", "all singles in train", "hold out combinations alone")
@@ -288,6 +314,8 @@ def audit(
     data: "AnnData | pd.DataFrame",  # the data it was made for, or their obs
 ) -> Audit:  # sentences for the report
     "Prove from the data what the rule of a split promises; `LeakError` names the rows otherwise."
+    if not isinstance(split, Split):
+        raise InputError(f"a {type(split).__name__}", "a Split", "make one with data.split.split, make_split or load")
     if split.name not in PROMISES:
         raise InputError(f"a split named {split.name!r}", "a rule with a known promise", nearest(split.name, PROMISES))
     obs = obs_of(data)
@@ -295,24 +323,41 @@ def audit(
         if c not in obs or obs[c].isna().any():
             raise InputError(f"no column {c!r} in obs, or rows without it", "what was done to each row", "add it")
     _belongs(split, obs)
+    if split.name == "unseen_drug" and (gene := obs.index[_types(obs).isin(_GENETIC)]).size:
+        raise InputError(f"row {gene[0]!r} is a genetic perturbation ({obs['pert'][gene[0]]})", "drugs or metabolites, as the rule says",
+                         "correct pert_type, or use a rule for genes")
     part = split.table["part"].reindex(obs.index)
     _controls(split, obs, part)
     promised = [p.format(by=split.params.get("by", "replicate")) for p in PROMISES[split.name]]
     used = [p for p in promised if not (p in _OPTIONAL and facet(obs, p) is None)]
-    if obs["pert_type"].isin([*_GENETIC, "control"]).all(): used = [p for p in used if p != "structure"]
+    if _types(obs).isin([*_GENETIC, "control"]).all() and not _drawn(obs).any(): used = [p for p in used if p not in ("structure", "scaffold")]
     proved = [_disjoint(split, obs, part, p) for p in used] + [check(split, obs, part) for check in _CHECKS.get(split.name, [])]
+    empty, proved = None in proved, [p for p in proved if p]
     return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]),
                  tuple(_shared_on_purpose(obs, part, used)),
-                 tuple(_not_promised(obs, part, used)), split.notes + tuple(_limits(obs, promised, used)))
+                 tuple(_not_promised(obs, part, used)),
+                 split.notes + ("there is no single perturbation: nothing to prove about singles",) * empty + tuple(_limits(obs, promised, used)))
 
 # %% ../../nbs/data/08a_audit.ipynb #b3ab3ef9
 def _whole(split: Split, obs: pd.DataFrame) -> str:
     return f"each of {len(obs)} rows is in one part ({', '.join(f'{k} {v}' for k, v in split.sizes().items())}), hash {split.hash[:12]}"
 
 def _limits(obs: pd.DataFrame, promised: list, used: list) -> list:
-    "What the proof could not see."
+    "What the proof could not see, or had to decide."
     out = [f"no column {p}: not checked" for p in promised if p not in used and p in _OPTIONAL]
-    return out + (["no column smiles: structures were compared by name alone"] if "structure" in used and "smiles" not in obs else [])
+    drugs = _drawn(obs)[~_types(obs).isin([*_GENETIC, "control"])].groupby(obs["pert"].astype(object).map(str)).any()
+    if {"structure", "scaffold", "pair"} & set(used) and len(drugs) and not drugs.all():
+        out += ["no column smiles: structures were compared by name alone" if "smiles" not in obs else
+                f"{(~drugs).sum()} of {len(drugs)} drugs have no structure and were compared by name alone"]
+    return out + [line for p in used for line in _one_value(obs, p)]
+
+def _one_value(obs: pd.DataFrame, name: str) -> list:
+    "Which values of a column were taken as one although they are spelled differently."
+    column = {"cell line": "cell_line", "pair": "cell_line", "plate": next((c for c in ("plate", "batch") if c in obs), "")}.get(name, name)
+    if name in ("well", "perturbation") or column not in obs: return []
+    spelled = pd.Series({plain(v): loose(v) for v in obs[column].dropna().unique()})
+    many = [" = ".join(map(repr, sorted(v))) for _, v in spelled.groupby(spelled).groups.items() if len(v) > 1]
+    return [f"{column}: taken as one value: {'; '.join(many[:5])}{' …' * (len(many) > 5)}"] if many else []
 
 # %% ../../nbs/data/08a_audit.ipynb #d2fe9442
 def _inside(x) -> "list | None":
@@ -559,7 +604,7 @@ _PROFILE_WAYS, _LABEL_WAYS = ("made equal", "drawn anew", "permuted"), ("made eq
 def _rows_to_change(a: ad.AnnData, split: "Split | None") -> np.ndarray:
     "Treated rows; with a split, those outside train."
     if "pert_type" not in a.obs: raise InputError("no column 'pert_type' in obs", "which rows are controls", "add it")
-    may = a.obs["pert_type"].astype(object).map(plain, na_action="ignore").ne("control").to_numpy()
+    may = _types(a.obs).ne("control").to_numpy()
     if split is not None: may = may & ~(split.mask(a, "train") | split.mask(a, "control"))
     if may.sum() < 2:
         raise InputError(f"{may.sum()} rows to change", "at least two treated rows" + (" outside train" if split is not None else ""),
