@@ -7,7 +7,7 @@ __all__ = ['FACETS', 'PROMISES', 'EXTRA', 'ALLOWED', 'LeakError', 'Audit', 'face
            'audit_features', 'audit_fit']
 
 # %% ../../nbs/data/08a_audit.ipynb #a116b82b
-import copy, dataclasses, functools, inspect, types, warnings
+import copy, dataclasses, functools, inspect, sys, types, warnings, weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -360,42 +360,117 @@ def _one_value(obs: pd.DataFrame, name: str) -> list:
     return [f"{column}: taken as one value: {'; '.join(many[:5])}{' …' * (len(many) > 5)}"] if many else []
 
 # %% ../../nbs/data/08a_audit.ipynb #d2fe9442
-def _inside(x) -> "list | None":
-    "(suffix, part) for everything directly inside x; None if x is a leaf."
-    if x is None or isinstance(x, (bool, int, float, complex, str, bytes, np.generic, type, types.ModuleType, types.BuiltinFunctionType)):
-        return None
-    if isinstance(x, np.ndarray): return [(f"[{i}]", v) for i, v in enumerate(x.ravel())] if x.dtype == object else None
-    if sparse.issparse(x):
-        m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
-        return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data)]
-    if isinstance(x, pd.DataFrame): return [(".index", x.index), *((f"[{c!r}]", x[c].to_numpy()) for c in x.columns)]
-    if isinstance(x, (pd.Series, pd.Index)):
-        return [(".values", x.to_numpy())] + ([(".index", x.index)] if isinstance(x, pd.Series) else [])
-    if isinstance(x, ad.AnnData):
-        return [(f".{k}", getattr(x, k)) for k in ("X", "obs", "var")] + [(f".{k}", dict(getattr(x, k))) for k in ("layers", "obsm",
-                                                                                                                   "varm", "obsp", "uns")]
-    if isinstance(x, Mapping): return [(f"[{k!r}]", x[k]) for k in sorted(x, key=repr)]
-    if isinstance(x, (list, tuple)): return [(f"[{i}]", v) for i, v in enumerate(x)]
-    if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))]
-    return _inside_object(x)
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic)
+_MACHINERY = {"_mgr", "_item_cache", "_attrs", "_flags", "_name", "_names", "_index", "_data", "_cache", "_id", "_no_setting_name", "_references",
+              "_range", "_levels", "_codes", "_dtype", "_ndarray", "_is_copy", "sortorder", "__dict__", "__weakref__", "_abc_impl"}
+
+def _attributes(x, skip: "frozenset | set" = frozenset()) -> list:
+    "(suffix, value) of all that hangs on an object: its __dict__, its slots, and the data of its own classes."
+    found = dict(getattr(x, "__dict__", None) or {})
+    for cls in type(x).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            name = f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+            if name not in ("__dict__", "__weakref__") and hasattr(x, name): found.setdefault(name, getattr(x, name))
+    own = [(f".{k}", found[k]) for k in sorted(found, key=str) if k not in skip]
+    return own + [(f".{cls.__name__}.{k}", v) for cls in type(x).__mro__ if _users(cls) for k, v in _class_data(cls)]
+
+@functools.lru_cache(maxsize=10_000)
+def _users(cls: type) -> bool:
+    "Whether a class is somebody's own: neither Python's nor an installed package's."
+    module = getattr(cls, "__module__", None) or "builtins"
+    if module.split(".")[0] in {*sys.stdlib_module_names, "builtins"}: return False
+    return "site-packages" not in (getattr(sys.modules.get(module), "__file__", None) or "")
+
+def _class_data(cls: type) -> list:
+    "Numbers, texts, arrays, tables and containers among the attributes of a class."
+    data = (*_PLAIN, np.ndarray, pd.DataFrame, pd.Series, pd.Index, Mapping, list, tuple, set, frozenset)
+    slots = vars(cls).get("__slots__", ())
+    return [(k, v) for k, v in sorted(vars(cls).items()) if not (k.startswith("__") and k.endswith("__")) and k not in ("_abc_impl", slots)
+            and (isinstance(v, data) or sparse.issparse(v) or hasattr(v, "detach"))]
 
 # %% ../../nbs/data/08a_audit.ipynb #767dc266
-def _inside_object(x) -> list:
-    "The same for tensors, modules, functions, and objects in general."
-    if hasattr(x, "state_dict") and hasattr(x, "named_modules"): return [(".state_dict()", dict(x.state_dict()))]
-    if hasattr(x, "detach"): return [("", x.detach().cpu().double().numpy() if x.dtype.is_floating_point else x.detach().cpu().numpy())]
-    if isinstance(x, functools.partial): return [(".func", x.func), (".args", x.args), (".keywords", x.keywords)]
-    if isinstance(x, types.FunctionType):
-        cells = dict(zip(x.__code__.co_freevars, (c.cell_contents for c in x.__closure__ or ())))
-        return [(".name", x.__qualname__), (".defaults", x.__defaults__), *((f".{k}", v) for k, v in cells.items())]
-    if isinstance(x, types.MethodType): return [(".self", x.__self__), (".name", x.__func__.__qualname__)]
-    if getattr(x, "__dict__", None): return [(f".{k}", v) for k, v in sorted(vars(x).items())]
-    try: return [(f".state{i}", part) for i, part in enumerate(x.__reduce_ex__(2)[1:3])]
-    except TypeError as e:
-        raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes",
-                         "compare its outputs instead: give state=") from e
+def _inside(x) -> "list | None":
+    "(suffix, part) for everything directly inside x; None if x is a leaf."
+    if x is None or isinstance(x, types.ModuleType): return None
+    if isinstance(x, _PLAIN): return None if type(x) in _PLAIN or not (more := _attributes(x)) else [("()", _bare(x)), *more]
+    if isinstance(x, np.ndarray): return _inside_array(x)
+    if sparse.issparse(x):
+        m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
+        kept = {k: v for k, v in vars(x).items() if not k.startswith("_") and k not in ("data", "indices", "indptr", "row", "col", "coords",
+                                                                                        "offsets", "rows", "maxprint")}
+        return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data), *((f".{k}", v) for k, v in kept.items())]
+    if isinstance(x, (pd.DataFrame, pd.Series, pd.Index, pd.Categorical)): return _inside_table(x)
+    if isinstance(x, ad.AnnData): return _inside_anndata(x)
+    if isinstance(x, Mapping):
+        more = [(".default_factory", x.default_factory)] if getattr(x, "default_factory", None) else []
+        return [(f"[{k!r}]", x[k]) for k in sorted(x, key=repr)] + [(".order", [repr(k) for k in x])] + more + _attributes(x, _MACHINERY)
+    if isinstance(x, (list, tuple)): return [(f"[{i}]", v) for i, v in enumerate(x)] + _attributes(x)
+    if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))] + _attributes(x)
+    return _inside_code(x) if isinstance(x, _CODE) else _inside_object(x)
+
+def _bare(x):
+    "The plain value of a number or text with attributes."
+    kind = next(t for t in _PLAIN if isinstance(x, t))
+    return x.item() if kind is np.generic else kind.__new__(kind, x)
+
+def _inside_array(x: np.ndarray) -> "list | None":
+    more = [(".mask", np.ma.getmaskarray(x))] if isinstance(x, np.ma.MaskedArray) else []
+    more += _attributes(x, {"_mask", "_data", "_baseclass", "_fill_value", "_hardmask", "_sharedmask", "_isfield", "_basedict", "_optinfo"})
+    if isinstance(x, np.ma.MaskedArray): more += [(".optinfo", dict(x._optinfo))]
+    flat = np.asarray(x.data if isinstance(x, np.ma.MaskedArray) else x)
+    if flat.dtype == object: return [(f"[{i}]", v) for i, v in enumerate(flat.ravel())] + [(".shape", flat.shape), *more]
+    return [("", flat), *more] if more else None
+
+def _inside_table(x) -> list:
+    "Values, names, attrs and categories of a table, column, index or categorical."
+    more = ([(".attrs", x.attrs)] if getattr(x, "attrs", None) else []) + _attributes(x, _MACHINERY)
+    if isinstance(x, pd.DataFrame):
+        return [(".index", x.index), (".columns", x.columns), *((f"[{c!r}]", x.iloc[:, i]) for i, c in enumerate(x.columns)), *more]
+    if isinstance(x, pd.MultiIndex): more += [(f".levels[{i}]", level) for i, level in enumerate(x.levels)]
+    elif isinstance(x.dtype, pd.CategoricalDtype): more += [(".categories", x.dtype.categories), (".ordered", x.dtype.ordered)]
+    name = list(x.names) if isinstance(x, pd.Index) else getattr(x, "name", None)
+    return [(".values", np.asarray(x.to_numpy())), (".name", name), *([(".index", x.index)] if isinstance(x, pd.Series) else []), *more]
+
+def _inside_anndata(x: ad.AnnData) -> list:
+    raw = None if x.raw is None else {"X": x.raw.X, "var": x.raw.var, "varm": dict(x.raw.varm)}
+    return [(f".{k}", v) for k, v in (("X", x.X), ("obs", x.obs), ("var", x.var), ("raw", raw))] + \
+        [(f".{k}", dict(getattr(x, k))) for k in ("layers", "obsm", "varm", "obsp", "varp", "uns")]
 
 # %% ../../nbs/data/08a_audit.ipynb #3334ea3a
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType, types.CodeType, functools.partial, type,
+         weakref.ref)
+
+def _inside_code(x) -> "list | None":
+    "What functions, bound methods, classes and references hold."
+    if isinstance(x, functools.partial): return [(".func", x.func), (".args", x.args), (".keywords", x.keywords), *_attributes(x)]
+    if isinstance(x, types.FunctionType):
+        held = [(f".{k}", c.cell_contents) for k, c in zip(x.__code__.co_freevars, x.__closure__ or ()) if c != types.CellType()]
+        return [(".name", x.__qualname__), (".code", x.__code__), (".defaults", x.__defaults__), (".kwdefaults", x.__kwdefaults__), *held,
+                *_attributes(x)]
+    if isinstance(x, types.CodeType): return [(".bytes", x.co_code), (".names", x.co_names), (".constants", x.co_consts)]
+    if isinstance(x, types.MethodType): return [(".self", x.__self__), (".name", x.__func__.__qualname__), (".func", x.__func__)]
+    if isinstance(x, type): return [(".name", x.__qualname__), *((f".{k}", v) for k, v in _class_data(x))] if _users(x) else None
+    if isinstance(x, weakref.ref): return [("()", x())]
+    owner = x.__self__
+    return [(".name", x.__qualname__), (".self", None if isinstance(owner, types.ModuleType) else owner)]
+
+def _inside_object(x) -> list:
+    "The same for tensors, and for objects in general."
+    if hasattr(x, "detach") and hasattr(x, "layout"):
+        bare = x.detach().to_dense() if "strided" not in str(x.layout) else x.detach()
+        value = bare.cpu().double().numpy() if x.dtype.is_floating_point else bare.cpu().numpy()
+        return [("", value), (".grad", x.grad if x.is_leaf else None), *_attributes(x, {"grad"})]
+    more = [(".state_dict()", dict(x.state_dict()))] if hasattr(x, "state_dict") and hasattr(x, "_c") else []  # compiled modules
+    if more or (more := _attributes(x)): return more
+    try: state = x.__reduce_ex__(2)
+    except Exception as e:
+        raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes",
+                         "compare its outputs instead: give state=") from e
+    if isinstance(state, str): return [(".name", state)]
+    return [(f".state{i}", list(part) if i > 1 and part is not None else part) for i, part in enumerate(state[1:5])]
+
+# %% ../../nbs/data/08a_audit.ipynb #ae6135a3
 def leaves(
     x,  # anything: arrays, tables, dictionaries, fitted objects, modules, functions with what they hold
     path: str = "",  # name of x in a message
@@ -404,11 +479,11 @@ def leaves(
     "Walk through an object down to its numbers and texts."
     if id(x) in _above: return
     inside = _inside(x)
-    if inside is None: yield path, x; return
+    if inside is None or (len(inside) == 1 and inside[0][1] is x): yield path, x; return
     yield f"{path}<{type(x).__name__}>", len(inside)
     for suffix, part in inside: yield from leaves(part, path + suffix, (*_above, id(x)))
 
-# %% ../../nbs/data/08a_audit.ipynb #ae6135a3
+# %% ../../nbs/data/08a_audit.ipynb #f468bb3d
 def _unequal(a, b) -> "tuple | None":
     "Index and both values where two leaves differ, () for whole leaves."
     if not isinstance(a, np.ndarray): return None if type(a) is type(b) and (a == b or a != a and b != b) else ((), a, b)
@@ -419,16 +494,26 @@ def _unequal(a, b) -> "tuple | None":
     at = tuple(int(i[0]) for i in np.nonzero(~same)) if a.ndim else ()
     return at, a[at], b[at]
 
+def _frozen(x) -> dict:
+    "All leaves by path, arrays copied, so that what happens to x later is seen; a path that comes twice is numbered."
+    out, times = {}, {}
+    for path, v in leaves(x):
+        times[path] = times.get(path, 0) + 1
+        out[path + f" ({times[path]})" * (times[path] > 1)] = v.copy() if isinstance(v, np.ndarray) else v
+    return out
+
+def _differ(one: dict, two: dict) -> "str | None":
+    for path in sorted(set(one) ^ set(two)): return f"{path or 'the value'} is only in {'the first' if path in one else 'the second'}"
+    for path, x in one.items():
+        if d := _unequal(x, two[path]): return f"{path}{list(d[0]) or ''} {_show(d[1])} became {_show(d[2], d[1])}".strip()
+    return None
+
 def difference(
     a,  # one thing
     b,  # another
 ) -> "str | None":  # where they differ first and how, or None if they are equal bit for bit (NaN equals NaN)
     "The first difference of two things."
-    one, two = dict(leaves(a)), dict(leaves(b))
-    for path in sorted(set(one) ^ set(two)): return f"{path or 'the value'} is only in {'the first' if path in one else 'the second'}"
-    for path, x in one.items():
-        if d := _unequal(x, two[path]): return f"{path}{list(d[0]) or ''} {_show(d[1])} became {_show(d[2], d[1])}".strip()
-    return None
+    return _differ(_frozen(a), _frozen(b))
 
 def _show(v, beside=None) -> str:
     "A value for a message; all its digits if six do not tell it from the one beside."
@@ -736,8 +821,8 @@ def _both_changed(a: ad.AnnData, rows: np.ndarray, how: str, stream) -> ad.AnnDa
 def _refitted(fit: Callable, state: Callable, a: ad.AnnData, split: Split, base) -> "str | None":
     "How the fitted state differs on changed data; an error is a difference too."
     try: now = state(fit(a, split))
-    except Exception as e: return f"fit fails with {type(e).__name__}: {str(e)[:80]}"
-    return difference(base, now)
+    except Exception as e: return _fails("fit", e)
+    return _differ(base, _frozen(now))
 
 # %% ../../nbs/data/08a_audit.ipynb #31551096
 def audit_fit(
@@ -747,6 +832,7 @@ def audit_fit(
     *,
     state: Callable = lambda fitted: fitted,  # what to compare: the fitted object itself, or for example its output on fixed rows
     may_see: Sequence[str] = ("train", "control"),  # parts whose rows are left as they are
+    given: Sequence[str] = (),  # entries such as "obsm/X_pca" or "var/highly_variable" that were made without the held-out rows
     seed: int = 0,  # of the changes
 ) -> Audit:  # sentences for the report
     "Prove that what was fitted depends on training rows alone; `LeakError` names what changed otherwise."
@@ -757,8 +843,8 @@ def audit_fit(
         raise InputError(f"{len(rows)} rows outside {', '.join(may_see)} and {len(train)} in train", "two or more of each",
                          "a proof needs something to change")
     alive = [a.copy(), a.copy()]
-    base = state(fit(alive[0], split))
-    if d := difference(base, state(fit(alive[1], split))):
+    base = _frozen(state(fit(alive[0], split)))
+    if d := _differ(base, _frozen(state(fit(alive[1], split)))):
         raise InputError(f"the fit is not deterministic: {d}", "equal results for equal input",
                          "give it a seed, or compare what matters with state=")
     tests = [(f"were {how}", _both_changed(a, rows, how, rng(seed, "data.audit", "fit", how)),
@@ -767,13 +853,26 @@ def audit_fit(
         if d := _refitted(fit, state, b, its, base):
             raise _leak(f"what was fitted depends on rows outside {' and '.join(may_see)}: after {len(rows)} rows {how}, {d}",
                         "a fit on training rows alone", "fit on adata[split.mask(adata, 'train')]")
+    _refuse_precomputed(fit, state, a, split, base, (given,) if isinstance(given, str) else given)
     if not _learns(fit, state, a, split, train, base, seed):
         raise InputError("what was fitted does not change when the training rows change", "a fit that reads the data it is given",
                          "it returns something stored: fit anew in each call")
     claim = f"what was fitted on {len(train)} training rows stays equal, bit for bit, when the other {len(rows)} rows"
     seen = tuple(f"{n} rows of part {p} may be seen" for p in may_see if p != "train" and (n := int(split.mask(a, p).sum())))
     proved = (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change")
-    return Audit("the fit", proved, seen)
+    notes = [f"{', '.join(given if not isinstance(given, str) else [given])}: made without the held-out rows, as you say"] if given else []
+    notes += ["X and layers, var, and what fit itself already holds (closures, globals, files, memories) were taken as given"]
+    return Audit("the fit", proved, seen, notes=tuple(notes))
+
+def _refuse_precomputed(fit, state, a, split, base, given: Sequence[str]) -> None:
+    "Raise if a fit reads what somebody stored beside the data and nobody answers for."
+    stored = _precomputed(a, ("obsm", "obsp", "var", "varm", "varp", "uns"))
+    for g in given:
+        if g not in stored: raise InputError(f"given={g!r}", "an entry of the data, written obsm/name", nearest(g, stored))
+    read = _read(a, [k for k in stored if k not in given], lambda b: _refitted(fit, state, b, split, base))
+    if read:
+        raise _leak(f"what was fitted reads {', '.join(read)}, which may have been computed on all rows",
+                    "a fit on X and obs of the training rows", f"compute it inside fit; if it saw no held-out row, say given={tuple(read)}")
 
 # %% ../../nbs/data/08a_audit.ipynb #afe7bf48
 def _learns(fit, state, a, split, train, base, seed) -> bool:
