@@ -1,5 +1,7 @@
 "Splits and audits on random tables: each rule keeps its promise, hashes hold, and what is tampered with or leaks is refused."
+import collections
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -478,6 +480,102 @@ def test_fits_that_hide_something():
     with pytest.raises(InputError, match="not deterministic"): audit_fit(lambda b, s: np.random.normal(size=3), a, s)
     with pytest.raises(LeakError, match="outside train and control"): audit_fit(lambda b, s: X(b)[s.mask(b, "train") | s.mask(b, "val")].mean(0), a, s)
     assert audit_fit(lambda b, s: X(b)[s.mask(b, "train") | s.mask(b, "val")].mean(0), a, s, may_see=("train", "val", "control")).proved
+
+
+class NotedDict(dict): pass
+class NotedList(list): pass
+class NotedText(str): pass
+class Slotted: __slots__ = ("mean", "z")
+class SlottedAndMore(Slotted): pass
+class OnTheClass: pass
+
+
+def on_class(m, z):
+    OnTheClass.z = z
+    return OnTheClass()
+
+
+def with_attributes(x, **more):
+    for k, v in more.items(): setattr(x, k, v)
+    return x
+
+
+def net(m, z, how):
+    import torch
+    layer = torch_linear(m)
+    if how == "attribute": layer.z = torch.as_tensor(z)
+    if how == "buffer": layer.register_buffer("z", torch.as_tensor(z), persistent=False)
+    if how == "on a parameter": layer.weight.z = z
+    if how == "gradient": layer.weight.grad = torch.as_tensor(z, dtype=torch.float32)[None]
+    return torch.nn.Sequential(layer)
+
+
+def keyword(m, z):
+    def f(x, *, scale=z): return (x - m) / scale
+    return f
+
+
+def duplicated(m, z): return pd.DataFrame(np.c_[z, m], columns=["a", "a"])
+def unused(m, z): return {"m": m, "c": pd.Categorical(["a"], ["a", str(z[0])])}
+
+
+HIDDEN = {"dict": lambda m, z: with_attributes(NotedDict(m=m), z=z), "list": lambda m, z: with_attributes(NotedList([m]), z=z), "text": lambda m, z: with_attributes(NotedText("t"), m=m, z=z),
+          "slots": lambda m, z: with_attributes(Slotted(), mean=m, z=z), "slots and more": lambda m, z: with_attributes(SlottedAndMore(), w=m, z=z), "class": on_class,
+          "keyword default": keyword, "function attribute": lambda m, z: with_attributes(lambda x, m=m: x, z=z), "attrs": lambda m, z: with_attributes(pd.DataFrame({"m": m}), attrs={"z": z}),
+          "mask": lambda m, z: np.ma.array(m, mask=z > np.median(z)), "categories": unused, "double column": duplicated, "bound": lambda m, z: {"m": m, "z": z}.get,
+          "partial": lambda m, z: with_attributes(functools.partial(np.add, m), z=z), "deque": lambda m, z: collections.deque([m, z]), "order": lambda m, z: {int(i): 0 for i in np.argsort(z)},
+          "index": lambda m, z: pd.Series(m, pd.CategoricalIndex(list("abcdefgh"), [*"abcdefgh", str(z[0])])), "levels": lambda m, z: pd.MultiIndex.from_product([["a", str(z[0])], ["b"]])[:1],
+          **{f"torch {how}": functools.partial(net, how=how) for how in ("attribute", "buffer", "on a parameter", "gradient")}}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_fits_that_hide_statistics_are_caught(name):
+    a = screen()
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    mean = lambda x: x.mean(0) + np.arange(8) * 1e-3
+    with pytest.raises(LeakError, match="depends on rows outside train and control") as e: audit_fit(lambda b, s: HIDDEN[name](mean(X(b, s)), mean(X(b))), a, s)
+    assert "\n" not in str(e.value)
+    assert audit_fit(lambda b, s: (HIDDEN[name](mean(X(b, s)), mean(X(b, s))), X(b, s).mean(0)), a, s).proved  # the honest twin passes
+
+
+def test_what_was_computed_before_is_refused():
+    a = screen()
+    a.varm["PCs"], a.var["highly_variable"] = np.ones((8, 2)) * X(a).std(), X(a).var(0) > np.median(X(a).var(0))
+    a.uns["top"], a.uns["perturbnb"] = np.argsort(-X(a).var(0))[:3], {"scale": "vst"}
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    t = lambda b, s: s.mask(b, "train")
+    for key, fit in {"obsm/X_pca": lambda b, s: b.obsm["X_pca"][t(b, s)].mean(0), "varm/PCs": lambda b, s: (X(b, s) @ b.varm["PCs"]).mean(0),
+                     "var/highly_variable": lambda b, s: X(b, s)[:, b.var.highly_variable].mean(0), "uns/top": lambda b, s: X(b, s)[:, b.uns["top"]].mean(0)}.items():
+        with pytest.raises(LeakError, match=f"what was fitted reads {key}, which may have been computed on all rows"): audit_fit(fit, a, s)
+        assert f"{key}: made without the held-out rows, as you say" in audit_fit(fit, a, s, given=key).notes
+    found = audit_fit(HONEST_FIT["scaler"], a, s)
+    assert len(found.notes) == 1 and "taken as given" in found.notes[0]
+    with pytest.raises(InputError, match="given='obsm/X_umap'"): audit_fit(HONEST_FIT["scaler"], a, s, given=["obsm/X_umap"])
+
+
+def test_honest_models_of_many_kinds_pass():
+    import torch
+    from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    a = screen()
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    y = lambda b, s: b.obs.pert.astype(str)[s.mask(b, "train")]
+    def trained(kind):
+        def fit(b, s):
+            torch.manual_seed(0)
+            model = kind()
+            steps = torch.optim.Adam(model.parameters())
+            out = model(torch.as_tensor(X(b, s)))
+            ((out[0] if isinstance(out, tuple) else out) ** 2).mean().backward(); steps.step()
+            return {"model": model, "optimiser": steps}
+        return fit
+    fits = {"pipeline": lambda b, s: make_pipeline(StandardScaler(), PCA(2, svd_solver="full"), KNeighborsClassifier(3)).fit(X(b, s), y(b, s)),
+            "forest": lambda b, s: RandomForestRegressor(3, random_state=0).fit(X(b, s), X(b, s)[:, 0]), "boosting": lambda b, s: HistGradientBoostingRegressor(max_iter=3, random_state=0).fit(X(b, s), X(b, s)[:, 0]),
+            "logistic": lambda b, s: LogisticRegression(C=0.1).fit(X(b, s), y(b, s)), "mlp": trained(lambda: torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Dropout(0.1))),
+            "lstm": trained(lambda: torch.nn.LSTM(8, 3))}
+    for name, fit in fits.items(): assert audit_fit(fit, a, s).proved, name
 
 
 def test_difference_looks_inside():
