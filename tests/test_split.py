@@ -1,5 +1,7 @@
 "Splits and audits on random tables: each rule keeps its promise, hashes hold, and what is tampered with or leaks is refused."
+import collections
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -183,6 +185,32 @@ def test_clear_errors():
     with pytest.raises(InputError, match="a list"): split("donor", [1, 2])
 
 
+@pytest.mark.parametrize("seed", [-1, None, "a", 1.7, 2**40, True])
+@pytest.mark.parametrize("name", ["gears", "doubles", "unseen_gene"])
+def test_odd_seeds_are_refused(name, seed):
+    with pytest.raises(InputError, match="a whole number from 0") as e: split(name, genes(0), seed=seed)
+    assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="seed="): make_split("x", pd.Series({"a": "train"}), seed=seed)
+
+
+def test_odd_options_are_refused(tmp_path):
+    obs, two = drugs(0), pd.DataFrame({"pert": ["A", "B", "C", "A+B", "B+C"], "pert_type": "crispra"})
+    for f, words in [(lambda: split("unseen_drug", obs, test=["d01", 3]), "no drug '3'"), (lambda: split("unseen_drug", obs, stratify=["a"]), "the name of the column"),
+                     (lambda: split("replicate_out", obs, by=["batch"]), "the name of one column"), (lambda: split(["pair"], obs), "a rule of"),
+                     (lambda: split("doubles", two), "three combinations or more"), (lambda: split("gears", genes(0), genes_train=True), "genes_train=True"),
+                     (lambda: make_split("x", pd.Series({"a": "train"}), params={"a": np.int64(3)}), "JSON cannot hold"),
+                     (lambda: make_split("x", pd.Series({"a": "train"}), params=[1]), "a dictionary"), (lambda: make_split("x", ["train"]), "a table or Series"),
+                     (lambda: make_split(None, pd.Series({"a": "train"})), "a name"), (lambda: audit("x", obs), "a Split")]:
+        with pytest.raises(InputError, match=words) as e: f()
+        assert "\n" not in str(e.value)
+    path = split("unseen_drug", obs).save(tmp_path / "s.parquet")
+    table, head = pq.read_table(path), {"name": "x", "seed": 1, "params": {}, "notes": [], "hash": ""}
+    for text in ["[]", "null", "[" * 100000, *(json.dumps(head | odd) for odd in ({"notes": None}, {"seed": "q"}, {"hash": None}, {"params": []}, {"name": 3}))]:
+        pq.write_table(table.replace_schema_metadata({"perturbnb_split": text}), path)
+        with pytest.raises((InputError, ChangedFile)) as e: load(path)
+        assert "\n" not in str(e.value) and str(path) in str(e.value)
+
+
 def test_strata_of_combinations_are_checked():
     obs = genes(2)
     for name in ("unseen_combo", "gears"):
@@ -209,6 +237,88 @@ def test_audit_needs_the_column_it_proves():
     with pytest.raises(LeakError, match="d00 hydrochloride"):  # names passed, structures do not
         named = split("unseen_cell_line", obs.assign(cell_line=obs.pert), test=["d00"], val=0)
         audit(make_split("unseen_drug", named.table), obs)
+
+
+def pair_of(column, a, b, rule="unseen_drug", **more):
+    "Audit of two rows, one in train and one in test, that differ in one column."
+    obs = pd.DataFrame({"pert": ["x", "y"], "pert_type": "compound", "cell_line": "L", "batch": "b"} | more, index=["r0", "r1"]).astype(object)
+    obs[column] = pd.Series([a, b], obs.index, dtype=object)
+    return audit(make_split(rule, pd.Series(["train", "test"], obs.index)), obs)
+
+
+@pytest.mark.parametrize("a,b", [("aspirin", "a\u200bspirin"), ("aspirin", "asp\u00adirin"), ("5-FU", "5\u2011FU"), ("caf\u00e9", "cafe\u0301"), ("\uff41spirin", "aspirin"),
+                                 ("dox", "dox-hydrochloride"), ("dox", "Dox_HCl"), ("dox", "dox (hydrochloride salt)"), ("ibuprofen", "ibuprofen lysinate"), ("\u00b5-x", "\u03bc-x")])
+def test_one_drug_in_two_spellings_is_caught(a, b):
+    with pytest.raises(LeakError, match="stands in two parts"): pair_of("pert", a, b)
+    names = [a, b, *(f"other{i}" for i in range(8))]
+    obs = pd.DataFrame({"pert": names, "pert_type": "compound"}, index=[f"r{i}" for i in range(10)])
+    for seed in SEEDS: audit(split("unseen_drug", obs, seed=seed), obs)  # the rule joins what the audit joins
+
+
+METFORMIN, SULFADIAZINE, ASPIRIN = "CN(C)C(=N)N=C(N)N", "Nc1ccc(cc1)S(=O)(=O)Nc1ncccn1", "CC(=O)Oc1ccccc1C(=O)O"
+
+
+@pytest.mark.parametrize("a,b", [(METFORMIN, METFORMIN + ".OC(=O)C1=CC(=O)NC(=O)N1"), (METFORMIN, METFORMIN + ".OC(=O)COc1ccc(Cl)cc1"),
+                                 (SULFADIAZINE, "Nc1ccc(cc1)S(=O)(=O)N([Ag])c1ncccn1"), (ASPIRIN, "CC(=O)Oc1ccccc1C(=O)[O-].[Na+]")])
+def test_one_structure_in_two_forms_is_caught(a, b):
+    with pytest.raises(LeakError, match="no structure stands in two parts"): pair_of("smiles", a, b)
+
+
+@pytest.mark.parametrize("kind,words", [("control", "is typed control, but is the same drug"), ("Control", "is typed control, but"), ("shrna", "is a genetic perturbation")])
+def test_a_salt_under_another_type_is_caught(kind, words):
+    obs = pd.DataFrame({"pert": ["aspirin", "ibu", "aspirin sodium"], "pert_type": ["compound", "compound", kind], "cell_line": "L",
+                        "smiles": [ASPIRIN, "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "CC(=O)Oc1ccccc1C(=O)[O-].[Na+]"]}, index=list("abc"))
+    part = pd.Series(["test", "train", "control" if kind.lower() == "control" else "train"], obs.index)
+    with pytest.raises(InputError, match=words): audit(make_split("unseen_drug", part), obs)
+    if kind == "shrna":
+        with pytest.raises(LeakError, match="no structure stands in two parts"): audit(make_split("grouped_well", part), obs)
+
+
+def test_drugs_without_structure_are_counted():
+    assert "1 of 2 drugs have no structure and were compared by name alone" in pair_of("smiles", ASPIRIN, None).notes
+
+
+@pytest.mark.parametrize("rule,column,a,b", [("unseen_cell_line", "cell_line", "MCF7", "MCF-7"), ("unseen_cell_line", "cell_line", "A549", "a 549"), ("donor", "donor", "1", "1.0"),
+                                             ("donor", "donor", 1, 1.0), ("donor", "donor", "donor_1", "donor-1"), ("donor", "donor", "donor 01", "donor1"),
+                                             ("replicate_out", "replicate", "rep1", "Rep 1")])
+def test_one_line_or_donor_in_two_spellings_is_caught(rule, column, a, b):
+    with pytest.raises(LeakError, match="stands in two parts"): pair_of(column, a, b, rule)
+    obs = pd.DataFrame({"pert": "x", "pert_type": "compound", column: pd.Series([a, b, "c", "d", "e"], dtype=object)})
+    for seed in SEEDS:
+        s = split(rule, obs, seed=seed, test=0.4, val=0)
+        found = audit(s, obs)
+        assert sum("taken as one value" in n for n in (*s.notes, *found.notes)) >= 1 or str(a) == str(b) or type(a) is not type(b)
+
+
+@pytest.mark.parametrize("wells,batches,plates,leak", [(("A1", "A01"), "x", "P1", True), (("A01", "A01"), ["run1", "run2"], "P1", True), (("a01 ", "A01"), ["run1", "run2"], None, False),
+                                                       (("A01", "A01"), "x", ["P1", "P2"], False), (("A01", "A-1"), "x", None, True), (("A1", "A10"), "x", "P1", False)])
+def test_wells_are_places_on_plates(wells, batches, plates, leak):
+    more = {"batch": batches, "replicate": ["1", "2"]} | ({"plate": plates} if plates else {})
+    if not leak: assert pair_of("well", *wells, rule="replicate_out", **more).proved; return
+    with pytest.raises(LeakError, match="no well stands in two parts"): pair_of("well", *wells, rule="replicate_out", **more)
+
+
+@pytest.mark.parametrize("name", GENETIC)
+def test_gene_rules_in_other_dialects(name):
+    "A+ctrl, ctrl+A, another case and another order are the same condition, and the same split."
+    obs = genes(3)
+    single = ~obs.pert.str.contains("+", regex=False) & (obs.pert_type != "control")
+    other = obs.assign(pert=[f"{p}+ctrl" if one and i % 2 else f"ctrl+{p}" if one else p.lower().replace("+", " + ") if i % 3 and p != "control" else p
+                             for i, (p, one) in enumerate(zip(obs.pert, single))])
+    for seed in (1, 2):
+        s, t = split(name, obs, seed=seed), split(name, other, seed=seed)
+        pd.testing.assert_frame_equal(s.table, t.table)
+        assert [p.split("hash")[0] for p in audit(t, other).proved] == [p.split("hash")[0] for p in audit(s, obs).proved]
+    if name == "doubles":
+        assert any("all 12 single perturbations" in p for p in audit(t, other).proved)
+        alone = obs[~single]
+        found = audit(split(name, alone), alone)
+        assert not any("single" in p for p in found.proved) and "nothing to prove about singles" in found.notes[-1]
+
+
+def test_pair_knows_genes():
+    obs = pd.DataFrame({"pert": ["A", "B", "B"], "pert_type": "crispra", "cell_line": ["L1", "L1", "L2"]}, index=list("xyz"))
+    with pytest.raises(LeakError, match="perturbation 'a' of row 'x' has no row in train"): audit(make_split("pair", pd.Series(["test", "train", "train"], obs.index)), obs)
 
 
 def test_audit_lines_fit_a_result(tmp_path):
@@ -271,10 +381,41 @@ def test_leaky_features_are_caught(name, kind):
 def test_a_builder_that_learns_from_train_passes_with_the_split_alone():
     a = screen()
     s = split("unseen_combo", a.obs.assign(pert=a.obs.pert.astype(str).replace({"D": "A+B", "E": "B+C"})), test=0.5, val=0)
-    encode = lambda b: dense(b.X)[s.mask(a, "train")].mean(0) + np.zeros((b.n_obs, 8))
+    encode = lambda b, s: dense(b.X)[s.mask(b, "train")].mean(0) + np.zeros((b.n_obs, 8))
     assert audit_features(encode, a, split=s, forbidden="X").proved
-    with pytest.raises(LeakError): audit_features(encode, a, forbidden="X")
-    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[treated(a)].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+    centre = lambda b, s: dense(b.X) - dense(b.X)[s.mask(b, "train")].mean(0)
+    assert any("move with their rows" in p for p in audit_features(centre, a, split=s, forbidden="labels").proved)
+    with pytest.raises(InputError, match="a builder of two arguments"): audit_features(encode, a, forbidden="X")
+    with pytest.raises(LeakError, match="takes .adata, split. and the audit split="):
+        audit_features(lambda b: dense(b.X)[s.mask(b, "train")].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[s.mask(a, "train")].mean(0) + np.zeros((b.n_obs, 8)), a, forbidden="X")
+    with pytest.raises(LeakError): audit_features(lambda b: dense(b.X)[treated(b)].mean(0) + np.zeros((b.n_obs, 8)), a, split=s, forbidden="X")
+
+
+@pytest.mark.parametrize("tint", [0, 1e-4, 1e-9])
+def test_a_row_number_under_an_allowed_column_is_caught(tint):
+    a = screen()
+    a.obs["n_cells"] = np.random.default_rng(1).integers(50, 500, a.n_obs)
+    for number in (lambda b: np.arange(b.n_obs), lambda b: np.arange(b.n_obs) // 4, lambda b: np.arange(b.n_obs)[::-1] * 1e-2):
+        with pytest.raises(LeakError, match="does not move with its row"):
+            audit_features(lambda b: np.c_[dense(b.X), number(b) + tint * b.obs.n_cells.to_numpy()], a, forbidden="labels")
+    assert audit_features(lambda b: b.obs.n_cells.to_numpy() * tint, a).proved
+    assert any("place of a row was not checked" in n for n in audit_features(lambda b: np.arange(b.n_obs), a, places=False).notes)
+
+
+def test_memories_under_allowed_content_are_caught():
+    a, memory = screen(), {}
+    a.obs["well"], a.obs["n_cells"] = [f"W{i:03d}" for i in range(40)], np.arange(40) * 7 % 40
+    leak = lambda b: b.obs.groupby("pert", observed=True).score.transform("mean").to_numpy()
+    for key in (lambda b: tuple(b.obs.well), lambda b: hash(tuple(b.obs.batch)), lambda b: b.obs.n_cells.to_numpy().tobytes()):
+        memory.clear()
+        with pytest.raises(LeakError): audit_features(lambda b: memory.setdefault(key(b), leak(b)), a, forbidden="labels")
+    table = dict(zip(a.obs.well, a.obs.pert.cat.codes))  # a stored dictionary cannot be told from knowledge: the column is named
+    found = audit_features(lambda b: b.obs.well.map(table).to_numpy(), a, forbidden="labels")
+    assert found.notes[0] == "features depend on these columns of obs, as they may: well"
+    a.uns["by_well"] = table
+    found = audit_features(lambda b: [b.uns["by_well"][w] for w in b.obs.well], a, forbidden="labels")
+    assert "features read uns/by_well: what stands there was taken as given" in found.notes
 
 
 def test_builders_that_hide_something():
@@ -339,6 +480,102 @@ def test_fits_that_hide_something():
     with pytest.raises(InputError, match="not deterministic"): audit_fit(lambda b, s: np.random.normal(size=3), a, s)
     with pytest.raises(LeakError, match="outside train and control"): audit_fit(lambda b, s: X(b)[s.mask(b, "train") | s.mask(b, "val")].mean(0), a, s)
     assert audit_fit(lambda b, s: X(b)[s.mask(b, "train") | s.mask(b, "val")].mean(0), a, s, may_see=("train", "val", "control")).proved
+
+
+class NotedDict(dict): pass
+class NotedList(list): pass
+class NotedText(str): pass
+class Slotted: __slots__ = ("mean", "z")
+class SlottedAndMore(Slotted): pass
+class OnTheClass: pass
+
+
+def on_class(m, z):
+    OnTheClass.z = z
+    return OnTheClass()
+
+
+def with_attributes(x, **more):
+    for k, v in more.items(): setattr(x, k, v)
+    return x
+
+
+def net(m, z, how):
+    import torch
+    layer = torch_linear(m)
+    if how == "attribute": layer.z = torch.as_tensor(z)
+    if how == "buffer": layer.register_buffer("z", torch.as_tensor(z), persistent=False)
+    if how == "on a parameter": layer.weight.z = z
+    if how == "gradient": layer.weight.grad = torch.as_tensor(z, dtype=torch.float32)[None]
+    return torch.nn.Sequential(layer)
+
+
+def keyword(m, z):
+    def f(x, *, scale=z): return (x - m) / scale
+    return f
+
+
+def duplicated(m, z): return pd.DataFrame(np.c_[z, m], columns=["a", "a"])
+def unused(m, z): return {"m": m, "c": pd.Categorical(["a"], ["a", str(z[0])])}
+
+
+HIDDEN = {"dict": lambda m, z: with_attributes(NotedDict(m=m), z=z), "list": lambda m, z: with_attributes(NotedList([m]), z=z), "text": lambda m, z: with_attributes(NotedText("t"), m=m, z=z),
+          "slots": lambda m, z: with_attributes(Slotted(), mean=m, z=z), "slots and more": lambda m, z: with_attributes(SlottedAndMore(), w=m, z=z), "class": on_class,
+          "keyword default": keyword, "function attribute": lambda m, z: with_attributes(lambda x, m=m: x, z=z), "attrs": lambda m, z: with_attributes(pd.DataFrame({"m": m}), attrs={"z": z}),
+          "mask": lambda m, z: np.ma.array(m, mask=z > np.median(z)), "categories": unused, "double column": duplicated, "bound": lambda m, z: {"m": m, "z": z}.get,
+          "partial": lambda m, z: with_attributes(functools.partial(np.add, m), z=z), "deque": lambda m, z: collections.deque([m, z]), "order": lambda m, z: {int(i): 0 for i in np.argsort(z)},
+          "index": lambda m, z: pd.Series(m, pd.CategoricalIndex(list("abcdefgh"), [*"abcdefgh", str(z[0])])), "levels": lambda m, z: pd.MultiIndex.from_product([["a", str(z[0])], ["b"]])[:1],
+          **{f"torch {how}": functools.partial(net, how=how) for how in ("attribute", "buffer", "on a parameter", "gradient")}}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_fits_that_hide_statistics_are_caught(name):
+    a = screen()
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    mean = lambda x: x.mean(0) + np.arange(8) * 1e-3
+    with pytest.raises(LeakError, match="depends on rows outside train and control") as e: audit_fit(lambda b, s: HIDDEN[name](mean(X(b, s)), mean(X(b))), a, s)
+    assert "\n" not in str(e.value)
+    assert audit_fit(lambda b, s: (HIDDEN[name](mean(X(b, s)), mean(X(b, s))), X(b, s).mean(0)), a, s).proved  # the honest twin passes
+
+
+def test_what_was_computed_before_is_refused():
+    a = screen()
+    a.varm["PCs"], a.var["highly_variable"] = np.ones((8, 2)) * X(a).std(), X(a).var(0) > np.median(X(a).var(0))
+    a.uns["top"], a.uns["perturbnb"] = np.argsort(-X(a).var(0))[:3], {"scale": "vst"}
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    t = lambda b, s: s.mask(b, "train")
+    for key, fit in {"obsm/X_pca": lambda b, s: b.obsm["X_pca"][t(b, s)].mean(0), "varm/PCs": lambda b, s: (X(b, s) @ b.varm["PCs"]).mean(0),
+                     "var/highly_variable": lambda b, s: X(b, s)[:, b.var.highly_variable].mean(0), "uns/top": lambda b, s: X(b, s)[:, b.uns["top"]].mean(0)}.items():
+        with pytest.raises(LeakError, match=f"what was fitted reads {key}, which may have been computed on all rows"): audit_fit(fit, a, s)
+        assert f"{key}: made without the held-out rows, as you say" in audit_fit(fit, a, s, given=key).notes
+    found = audit_fit(HONEST_FIT["scaler"], a, s)
+    assert len(found.notes) == 1 and "taken as given" in found.notes[0]
+    with pytest.raises(InputError, match="given='obsm/X_umap'"): audit_fit(HONEST_FIT["scaler"], a, s, given=["obsm/X_umap"])
+
+
+def test_honest_models_of_many_kinds_pass():
+    import torch
+    from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    a = screen()
+    s = split("unseen_gene", a.obs, seed=0, test=0.4, val=0)
+    y = lambda b, s: b.obs.pert.astype(str)[s.mask(b, "train")]
+    def trained(kind):
+        def fit(b, s):
+            torch.manual_seed(0)
+            model = kind()
+            steps = torch.optim.Adam(model.parameters())
+            out = model(torch.as_tensor(X(b, s)))
+            ((out[0] if isinstance(out, tuple) else out) ** 2).mean().backward(); steps.step()
+            return {"model": model, "optimiser": steps}
+        return fit
+    fits = {"pipeline": lambda b, s: make_pipeline(StandardScaler(), PCA(2, svd_solver="full"), KNeighborsClassifier(3)).fit(X(b, s), y(b, s)),
+            "forest": lambda b, s: RandomForestRegressor(3, random_state=0).fit(X(b, s), X(b, s)[:, 0]), "boosting": lambda b, s: HistGradientBoostingRegressor(max_iter=3, random_state=0).fit(X(b, s), X(b, s)[:, 0]),
+            "logistic": lambda b, s: LogisticRegression(C=0.1).fit(X(b, s), y(b, s)), "mlp": trained(lambda: torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Dropout(0.1))),
+            "lstm": trained(lambda: torch.nn.LSTM(8, 3))}
+    for name, fit in fits.items(): assert audit_fit(fit, a, s).proved, name
 
 
 def test_difference_looks_inside():

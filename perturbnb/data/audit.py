@@ -7,7 +7,7 @@ __all__ = ['FACETS', 'PROMISES', 'EXTRA', 'ALLOWED', 'LeakError', 'Audit', 'face
            'audit_features', 'audit_fit']
 
 # %% ../../nbs/data/08a_audit.ipynb #a116b82b
-import copy, dataclasses, functools, types
+import copy, dataclasses, functools, inspect, sys, types, warnings, weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +17,8 @@ import pandas as pd
 from scipy import sparse
 
 from ..core import InputError, nearest, rng
-from .drugs import plain, structure_groups
-from .schema import PERT_TYPES
+from .drugs import loose, plain, structure_groups
+from .schema import PERT_TYPES, VAR, is_control_name
 from .split import PARTS, SPLITS, Split, make_split, obs_of, split_hash
 
 # %% ../../nbs/data/08a_audit.ipynb #72d85bca
@@ -52,39 +52,58 @@ def _long(values: pd.Series, spell: Callable = plain) -> pd.DataFrame:
     text = values.astype(object).map(known).replace("", np.nan).dropna()
     return pd.DataFrame({"row": text.index, "value": text.to_numpy()})
 
-def _label(pert) -> str: return "+".join(sorted({plain(g) for g in str(pert).split("+")} - {""}))
+def _label(pert) -> str:
+    "The parts of a name, sorted; controls among them left out."
+    parts = sorted({plain(g) for g in str(pert).split("+")} - {""})
+    return "+".join([g for g in parts if not is_control_name(g)] or parts)
 
 def _labels(obs: pd.DataFrame) -> pd.Series: return obs["pert"].astype(object).map({p: _label(p) for p in obs["pert"].unique()})
 
-def _by_structure(obs: pd.DataFrame, by: str) -> pd.Series:
-    "Structure or scaffold group of each row that is a drug: no genetic perturbation and no control."
-    drugs = obs[~obs["pert_type"].astype(object).isin([*_GENETIC, "control"])]
+def _types(obs: pd.DataFrame) -> pd.Series: return obs["pert_type"].astype(object).map(plain, na_action="ignore")
+
+def _drawn(obs: pd.DataFrame) -> pd.Series:
+    "Which rows have a structure."
+    has = obs["smiles"].notna() & obs["smiles"].astype(str).str.strip().ne("") if "smiles" in obs else False
+    return pd.Series(has, obs.index)
+
+def _by_structure(obs: pd.DataFrame, by: str = "structure", controls: bool = False) -> pd.Series:
+    "Structure or scaffold group of each drug, and of whatever else has a structure; of all controls too, if asked."
+    other = _types(obs).isin(_GENETIC if controls else [*_GENETIC, "control"])
+    drugs = obs[~other | _drawn(obs)]
     if drugs.empty: return pd.Series([], drugs.index[:0], dtype=object)
     groups = structure_groups(drugs.drop_duplicates([c for c in ("pert", "smiles") if c in drugs]), name="pert", by=by)
-    return drugs["pert"].map(str).map(groups["group"])
+    return drugs["pert"].astype(object).map(str).map(groups["group"])
 
 # %% ../../nbs/data/08a_audit.ipynb #abdc1795
+def _at(s: pd.Series) -> pd.Series: return s.astype(object).map({v: loose(v) for v in s.dropna().unique()})
+
 def _joined(*columns: pd.Series) -> pd.Series:
-    "Several columns as one text."
-    return functools.reduce(lambda a, b: a.str.cat(b, sep=" | "),
-                            (c.astype(object).map({v: plain(v) for v in c.dropna().unique()}) for c in columns))
+    "Several columns of text as one."
+    return functools.reduce(lambda a, b: a.str.cat(b, sep=" | "), (c.astype(object) for c in columns))
+
+def _partner(obs: pd.DataFrame) -> pd.Series: return _by_structure(obs).reindex(obs.index).fillna(_labels(obs))
 
 def _genes_of(obs: pd.DataFrame) -> pd.DataFrame:
     "The genes of each genetic perturbation."
-    return _long(obs[obs["pert_type"].astype(object).isin(_GENETIC)]["pert"].map(str).str.split("+").explode())
+    return _long(_labels(obs[_types(obs).isin(_GENETIC)]).map(lambda label: label.split("+")).explode(), str)
+
+def _well(obs: pd.DataFrame) -> "pd.DataFrame | None":
+    "Plate and well; batch and well where no plate is told."
+    if "well" not in obs: return None
+    place = [_at(obs[c]) for c in ("plate", "batch") if c in obs and obs[c].notna().any()][:1]
+    return _long(_joined(*place, _at(obs["well"])), str)
 
 FACETS: "dict[str, Callable]" = {  # name -> table (row, value), or None where the columns are missing
-    "perturbation": lambda o: _long(_labels(o)),
+    "perturbation": lambda o: _long(_labels(o), str),
     "structure": lambda o: _long(_by_structure(o, "structure"), str),
     "scaffold": lambda o: _long(_by_structure(o, "scaffold"), str) if "smiles" in o else None,
     "gene": _genes_of,
-    "cell line": lambda o: _long(o["cell_line"]) if "cell_line" in o else None,
-    "pair": lambda o: _long(_joined(_by_structure(o, "structure").reindex(o.index).fillna(_labels(o)),
-                                    o["cell_line"])) if "cell_line" in o else None,
-    "donor": lambda o: _long(o["donor"]) if "donor" in o else None,
-    "replicate": lambda o: _long(o["replicate"]) if "replicate" in o else None,
-    "plate": lambda o: _long(o[next(c for c in ("plate", "batch") if c in o)]) if {"plate", "batch"} & set(o) else None,
-    "well": lambda o: _long(_joined(*(o[c] for c in ("plate", "batch") if c in o), o["well"])) if "well" in o else None,
+    "cell line": lambda o: _long(o["cell_line"], loose) if "cell_line" in o else None,
+    "pair": lambda o: _long(_joined(_partner(o), _at(o["cell_line"])), str) if "cell_line" in o else None,
+    "donor": lambda o: _long(o["donor"], loose) if "donor" in o else None,
+    "replicate": lambda o: _long(o["replicate"], loose) if "replicate" in o else None,
+    "plate": lambda o: _long(o[next(c for c in ("plate", "batch") if c in o)], loose) if {"plate", "batch"} & set(o) else None,
+    "well": _well,
 }
 
 # %% ../../nbs/data/08a_audit.ipynb #94570360
@@ -94,7 +113,7 @@ def facet(
 ) -> "pd.DataFrame | None":  # columns row and value; None if the columns it needs are missing
     "What the rows have of one facet."
     if name in FACETS: return FACETS[name](obs)
-    return _long(obs[name]) if name in obs else None
+    return _long(obs[name], loose) if name in obs else None
 
 # %% ../../nbs/data/08a_audit.ipynb #12f2a74b
 PROMISES: "dict[str, tuple]" = {
@@ -103,7 +122,7 @@ PROMISES: "dict[str, tuple]" = {
     "grouped_well": ("perturbation", "structure", "well"), "replicate_out": ("{by}", "well"), "donor": ("donor",),
     "unseen_gene": ("perturbation",), "unseen_combo": ("perturbation",), "gears": ("perturbation",), "doubles": ("perturbation",),
     "random_rows": ()}
-EXTRA = {"pair": "each drug and line of val and test is in train",
+EXTRA = {"pair": "each perturbation and line of val and test is in train",
          "unseen_gene": "each condition of val and test has a gene that no earlier part has",
          "unseen_combo": "single perturbations are all in train; the strata are true",
          "gears": "the strata are true: no gene of an unseen_single is in train or val",
@@ -145,7 +164,7 @@ def _belongs(split: Split, obs: pd.DataFrame) -> None:
 # %% ../../nbs/data/08a_audit.ipynb #65cb0079
 def _controls(split: Split, obs: pd.DataFrame, part: pd.Series) -> None:
     "Raise unless the part control holds the controls, and they alone."
-    control = obs["pert_type"].astype(object).map(plain, na_action="ignore").eq("control")
+    control = _types(obs).eq("control")
     cure = "correct pert_type, or make the split again"
     if (bad := obs.index[part.eq("control") & ~control]).size:
         raise _leak(f"{bad.size} treated rows stand in part control: {_some(bad)}", "controls alone, since every part may use them", cure,
@@ -154,6 +173,13 @@ def _controls(split: Split, obs: pd.DataFrame, part: pd.Series) -> None:
     if (bad := obs.index[control & mixed.isin(set(mixed[~control]))]).size:
         raise _leak(f"row {bad[0]!r} is typed control, but {obs['pert'][bad[0]]!r} is a treatment elsewhere ({bad.size} such rows)",
                     "one type for one name", cure, obs.loc[bad, ["pert", "pert_type"]])
+    group = _by_structure(obs, controls=True)
+    treated = group[~control.reindex(group.index)].drop_duplicates()
+    if (bad := group.index[control.reindex(group.index) & group.isin(set(treated))]).size:
+        like = treated.index[treated == group[bad[0]]][0]
+        raise _leak(f"row {bad[0]!r} ({obs['pert'][bad[0]]}) is typed control, but is the same drug as row {like!r} "
+                    f"({obs['pert'][like]}, {part[like]}) by structure or name ({bad.size} such rows)",
+                    "controls that are no treatment", cure, obs.loc[bad, ["pert", "pert_type"]])
     if split.params.get("controls") != "split" and (bad := obs.index[control & ~part.isin(["control", "left_out"])]).size:
         raise _leak(f"{bad.size} controls stand in {', '.join(sorted(part[bad].unique()))}: {_some(bad)}", "controls in part control",
                     cure, obs.loc[bad, ["pert", "pert_type"]])
@@ -173,7 +199,7 @@ def _disjoint(split: Split, obs: pd.DataFrame, part: pd.Series, name: str) -> st
     if values is None:
         raise InputError(f"the split {split.name} promises unseen {name}s, and the data have no column for it",
                          f"the column that tells the {name}", "add it, or use another rule")
-    free = obs["pert_type"].isin([*_GENETIC, "control"]) & (name in ("structure", "scaffold"))  # these have no structure
+    free = _types(obs).isin([*_GENETIC, "control"]) & (name in ("structure", "scaffold"))  # these need no structure
     lost = dealt.difference(pd.Index(values["row"])).difference(obs.index[free])
     if lost.size:
         raise InputError(f"{lost.size} rows have no {name}: {_some(lost)}", f"a {name} in each row",
@@ -197,15 +223,14 @@ def _broken(split: Split, obs: pd.DataFrame, name: str, both: pd.DataFrame) -> L
 
 # %% ../../nbs/data/08a_audit.ipynb #35c14d67
 def _known_partners(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
-    "Each drug and line of val and test has a row in train."
-    for name in ("structure", "cell line"):
-        values = facet(obs, name)
+    "Each drug (or gene set) and line of val and test has a row in train."
+    for name, values in (("perturbation", _long(_partner(obs), str)), ("cell line", facet(obs, "cell line"))):
         known = set(values[values["row"].isin(obs.index[part == "train"])]["value"])
         bad = values[values["row"].isin(obs.index[part.isin(("val", "test"))]) & ~values["value"].isin(known)]
         if len(bad):
             raise _leak(f"{name} {bad['value'].iloc[0]!r} of row {bad['row'].iloc[0]!r} has no row in train",
-                        "each drug and line of val and test in train", "hold out fewer pairs", bad)
-    return "each drug and each cell line of val and test has rows in train"
+                        "each perturbation and line of val and test in train", "hold out fewer pairs", bad)
+    return "each perturbation and each cell line of val and test has rows in train"
 
 # %% ../../nbs/data/08a_audit.ipynb #c8da255c
 def _conditions(obs: pd.DataFrame, part: pd.Series) -> "dict[str, set]":
@@ -224,9 +249,10 @@ def _new_gene(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
     return f"each held-out condition has a gene that no earlier part has ({len(sets['test'])} conditions in test)"
 
 # %% ../../nbs/data/08a_audit.ipynb #90c8393a
-def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> str:
-    "Every single perturbation is in train."
+def _singles_train(split: Split, obs: pd.DataFrame, part: pd.Series) -> "str | None":
+    "Every single perturbation is in train; nothing to prove if there is none."
     sets = _conditions(obs, part)
+    if not any(len(c) == 1 for of in sets.values() for c in of): return None
     for p in ("val", "test"):
         for c in sorted("+".join(c) for c in sets[p] if len(c) == 1)[:1]:
             raise _leak(f"the single {c!r} is in {p}", "all singles in train", "hold out combinations alone")
@@ -288,6 +314,8 @@ def audit(
     data: "AnnData | pd.DataFrame",  # the data it was made for, or their obs
 ) -> Audit:  # sentences for the report
     "Prove from the data what the rule of a split promises; `LeakError` names the rows otherwise."
+    if not isinstance(split, Split):
+        raise InputError(f"a {type(split).__name__}", "a Split", "make one with data.split.split, make_split or load")
     if split.name not in PROMISES:
         raise InputError(f"a split named {split.name!r}", "a rule with a known promise", nearest(split.name, PROMISES))
     obs = obs_of(data)
@@ -295,62 +323,154 @@ def audit(
         if c not in obs or obs[c].isna().any():
             raise InputError(f"no column {c!r} in obs, or rows without it", "what was done to each row", "add it")
     _belongs(split, obs)
+    if split.name == "unseen_drug" and (gene := obs.index[_types(obs).isin(_GENETIC)]).size:
+        raise InputError(f"row {gene[0]!r} is a genetic perturbation ({obs['pert'][gene[0]]})", "drugs or metabolites, as the rule says",
+                         "correct pert_type, or use a rule for genes")
     part = split.table["part"].reindex(obs.index)
     _controls(split, obs, part)
     promised = [p.format(by=split.params.get("by", "replicate")) for p in PROMISES[split.name]]
     used = [p for p in promised if not (p in _OPTIONAL and facet(obs, p) is None)]
-    if obs["pert_type"].isin([*_GENETIC, "control"]).all(): used = [p for p in used if p != "structure"]
+    if _types(obs).isin([*_GENETIC, "control"]).all() and not _drawn(obs).any(): used = [p for p in used if p not in ("structure", "scaffold")]
     proved = [_disjoint(split, obs, part, p) for p in used] + [check(split, obs, part) for check in _CHECKS.get(split.name, [])]
+    empty, proved = None in proved, [p for p in proved if p]
     return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]),
                  tuple(_shared_on_purpose(obs, part, used)),
-                 tuple(_not_promised(obs, part, used)), split.notes + tuple(_limits(obs, promised, used)))
+                 tuple(_not_promised(obs, part, used)),
+                 split.notes + ("there is no single perturbation: nothing to prove about singles",) * empty + tuple(_limits(obs, promised, used)))
 
 # %% ../../nbs/data/08a_audit.ipynb #b3ab3ef9
 def _whole(split: Split, obs: pd.DataFrame) -> str:
     return f"each of {len(obs)} rows is in one part ({', '.join(f'{k} {v}' for k, v in split.sizes().items())}), hash {split.hash[:12]}"
 
 def _limits(obs: pd.DataFrame, promised: list, used: list) -> list:
-    "What the proof could not see."
+    "What the proof could not see, or had to decide."
     out = [f"no column {p}: not checked" for p in promised if p not in used and p in _OPTIONAL]
-    return out + (["no column smiles: structures were compared by name alone"] if "structure" in used and "smiles" not in obs else [])
+    drugs = _drawn(obs)[~_types(obs).isin([*_GENETIC, "control"])].groupby(obs["pert"].astype(object).map(str)).any()
+    if {"structure", "scaffold", "pair"} & set(used) and len(drugs) and not drugs.all():
+        out += ["no column smiles: structures were compared by name alone" if "smiles" not in obs else
+                f"{(~drugs).sum()} of {len(drugs)} drugs have no structure and were compared by name alone"]
+    return out + [line for p in used for line in _one_value(obs, p)]
+
+def _one_value(obs: pd.DataFrame, name: str) -> list:
+    "Which values of a column were taken as one although they are spelled differently."
+    column = {"cell line": "cell_line", "pair": "cell_line", "plate": next((c for c in ("plate", "batch") if c in obs), "")}.get(name, name)
+    if name in ("well", "perturbation") or column not in obs: return []
+    spelled = pd.Series({plain(v): loose(v) for v in obs[column].dropna().unique()})
+    many = [" = ".join(map(repr, sorted(v))) for _, v in spelled.groupby(spelled).groups.items() if len(v) > 1]
+    return [f"{column}: taken as one value: {'; '.join(many[:5])}{' …' * (len(many) > 5)}"] if many else []
 
 # %% ../../nbs/data/08a_audit.ipynb #d2fe9442
-def _inside(x) -> "list | None":
-    "(suffix, part) for everything directly inside x; None if x is a leaf."
-    if x is None or isinstance(x, (bool, int, float, complex, str, bytes, np.generic, type, types.ModuleType, types.BuiltinFunctionType)):
-        return None
-    if isinstance(x, np.ndarray): return [(f"[{i}]", v) for i, v in enumerate(x.ravel())] if x.dtype == object else None
-    if sparse.issparse(x):
-        m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
-        return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data)]
-    if isinstance(x, pd.DataFrame): return [(".index", x.index), *((f"[{c!r}]", x[c].to_numpy()) for c in x.columns)]
-    if isinstance(x, (pd.Series, pd.Index)):
-        return [(".values", x.to_numpy())] + ([(".index", x.index)] if isinstance(x, pd.Series) else [])
-    if isinstance(x, ad.AnnData):
-        return [(f".{k}", getattr(x, k)) for k in ("X", "obs", "var")] + [(f".{k}", dict(getattr(x, k))) for k in ("layers", "obsm",
-                                                                                                                   "varm", "obsp", "uns")]
-    if isinstance(x, Mapping): return [(f"[{k!r}]", x[k]) for k in sorted(x, key=repr)]
-    if isinstance(x, (list, tuple)): return [(f"[{i}]", v) for i, v in enumerate(x)]
-    if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))]
-    return _inside_object(x)
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic)
+_MACHINERY = {"_mgr", "_item_cache", "_attrs", "_flags", "_name", "_names", "_index", "_data", "_cache", "_id", "_no_setting_name", "_references",
+              "_range", "_levels", "_codes", "_dtype", "_ndarray", "_is_copy", "sortorder", "__dict__", "__weakref__", "_abc_impl"}
+
+def _attributes(x, skip: "frozenset | set" = frozenset()) -> list:
+    "(suffix, value) of all that hangs on an object: its __dict__, its slots, and the data of its own classes."
+    found = dict(getattr(x, "__dict__", None) or {})
+    for cls in type(x).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            name = f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+            if name not in ("__dict__", "__weakref__") and hasattr(x, name): found.setdefault(name, getattr(x, name))
+    own = [(f".{k}", found[k]) for k in sorted(found, key=str) if k not in skip]
+    return own + [(f".{cls.__name__}.{k}", v) for cls in type(x).__mro__ if _users(cls) for k, v in _class_data(cls)]
+
+@functools.lru_cache(maxsize=10_000)
+def _users(cls: type) -> bool:
+    "Whether a class is somebody's own: neither Python's nor an installed package's."
+    module = getattr(cls, "__module__", None) or "builtins"
+    if module.split(".")[0] in {*sys.stdlib_module_names, "builtins"}: return False
+    return "site-packages" not in (getattr(sys.modules.get(module), "__file__", None) or "")
+
+def _class_data(cls: type) -> list:
+    "Numbers, texts, arrays, tables and containers among the attributes of a class."
+    data = (*_PLAIN, np.ndarray, pd.DataFrame, pd.Series, pd.Index, Mapping, list, tuple, set, frozenset)
+    slots = vars(cls).get("__slots__", ())
+    return [(k, v) for k, v in sorted(vars(cls).items()) if not (k.startswith("__") and k.endswith("__")) and k not in ("_abc_impl", slots)
+            and (isinstance(v, data) or sparse.issparse(v) or hasattr(v, "detach"))]
 
 # %% ../../nbs/data/08a_audit.ipynb #767dc266
-def _inside_object(x) -> list:
-    "The same for tensors, modules, functions, and objects in general."
-    if hasattr(x, "state_dict") and hasattr(x, "named_modules"): return [(".state_dict()", dict(x.state_dict()))]
-    if hasattr(x, "detach"): return [("", x.detach().cpu().double().numpy() if x.dtype.is_floating_point else x.detach().cpu().numpy())]
-    if isinstance(x, functools.partial): return [(".func", x.func), (".args", x.args), (".keywords", x.keywords)]
-    if isinstance(x, types.FunctionType):
-        cells = dict(zip(x.__code__.co_freevars, (c.cell_contents for c in x.__closure__ or ())))
-        return [(".name", x.__qualname__), (".defaults", x.__defaults__), *((f".{k}", v) for k, v in cells.items())]
-    if isinstance(x, types.MethodType): return [(".self", x.__self__), (".name", x.__func__.__qualname__)]
-    if getattr(x, "__dict__", None): return [(f".{k}", v) for k, v in sorted(vars(x).items())]
-    try: return [(f".state{i}", part) for i, part in enumerate(x.__reduce_ex__(2)[1:3])]
-    except TypeError as e:
-        raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes",
-                         "compare its outputs instead: give state=") from e
+def _inside(x) -> "list | None":
+    "(suffix, part) for everything directly inside x; None if x is a leaf."
+    if x is None or isinstance(x, types.ModuleType): return None
+    if isinstance(x, _PLAIN): return None if type(x) in _PLAIN or not (more := _attributes(x)) else [("()", _bare(x)), *more]
+    if isinstance(x, np.ndarray): return _inside_array(x)
+    if sparse.issparse(x):
+        m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
+        kept = {k: v for k, v in vars(x).items() if not k.startswith("_") and k not in ("data", "indices", "indptr", "row", "col", "coords",
+                                                                                        "offsets", "rows", "maxprint")}
+        return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data), *((f".{k}", v) for k, v in kept.items())]
+    if isinstance(x, (pd.DataFrame, pd.Series, pd.Index, pd.Categorical)): return _inside_table(x)
+    if isinstance(x, ad.AnnData): return _inside_anndata(x)
+    if isinstance(x, Mapping):
+        more = [(".default_factory", x.default_factory)] if getattr(x, "default_factory", None) else []
+        return [(f"[{k!r}]", x[k]) for k in sorted(x, key=repr)] + [(".order", [repr(k) for k in x])] + more + _attributes(x, _MACHINERY)
+    if isinstance(x, (list, tuple)): return [(f"[{i}]", v) for i, v in enumerate(x)] + _attributes(x)
+    if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))] + _attributes(x)
+    return _inside_code(x) if isinstance(x, _CODE) else _inside_object(x)
+
+def _bare(x):
+    "The plain value of a number or text with attributes."
+    kind = next(t for t in _PLAIN if isinstance(x, t))
+    return x.item() if kind is np.generic else kind.__new__(kind, x)
+
+def _inside_array(x: np.ndarray) -> "list | None":
+    more = [(".mask", np.ma.getmaskarray(x))] if isinstance(x, np.ma.MaskedArray) else []
+    more += _attributes(x, {"_mask", "_data", "_baseclass", "_fill_value", "_hardmask", "_sharedmask", "_isfield", "_basedict", "_optinfo"})
+    if isinstance(x, np.ma.MaskedArray): more += [(".optinfo", dict(x._optinfo))]
+    flat = np.asarray(x.data if isinstance(x, np.ma.MaskedArray) else x)
+    if flat.dtype == object: return [(f"[{i}]", v) for i, v in enumerate(flat.ravel())] + [(".shape", flat.shape), *more]
+    return [("", flat), *more] if more else None
+
+def _inside_table(x) -> list:
+    "Values, names, attrs and categories of a table, column, index or categorical."
+    more = ([(".attrs", x.attrs)] if getattr(x, "attrs", None) else []) + _attributes(x, _MACHINERY)
+    if isinstance(x, pd.DataFrame):
+        return [(".index", x.index), (".columns", x.columns), *((f"[{c!r}]", x.iloc[:, i]) for i, c in enumerate(x.columns)), *more]
+    if isinstance(x, pd.MultiIndex): more += [(f".levels[{i}]", level) for i, level in enumerate(x.levels)]
+    elif isinstance(x.dtype, pd.CategoricalDtype): more += [(".categories", x.dtype.categories), (".ordered", x.dtype.ordered)]
+    name = list(x.names) if isinstance(x, pd.Index) else getattr(x, "name", None)
+    return [(".values", np.asarray(x.to_numpy())), (".name", name), *([(".index", x.index)] if isinstance(x, pd.Series) else []), *more]
+
+def _inside_anndata(x: ad.AnnData) -> list:
+    raw = None if x.raw is None else {"X": x.raw.X, "var": x.raw.var, "varm": dict(x.raw.varm)}
+    return [(f".{k}", v) for k, v in (("X", x.X), ("obs", x.obs), ("var", x.var), ("raw", raw))] + \
+        [(f".{k}", dict(getattr(x, k))) for k in ("layers", "obsm", "varm", "obsp", "varp", "uns")]
 
 # %% ../../nbs/data/08a_audit.ipynb #3334ea3a
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType, types.CodeType, functools.partial, type,
+         weakref.ref)
+
+def _inside_code(x) -> "list | None":
+    "What functions, bound methods, classes and references hold."
+    if isinstance(x, functools.partial): return [(".func", x.func), (".args", x.args), (".keywords", x.keywords), *_attributes(x)]
+    if isinstance(x, types.FunctionType):
+        held = [(f".{k}", c.cell_contents) for k, c in zip(x.__code__.co_freevars, x.__closure__ or ()) if c != types.CellType()]
+        return [(".name", x.__qualname__), (".code", x.__code__), (".defaults", x.__defaults__), (".kwdefaults", x.__kwdefaults__), *held,
+                *_attributes(x)]
+    if isinstance(x, types.CodeType): return [(".bytes", x.co_code), (".names", x.co_names), (".constants", x.co_consts)]
+    if isinstance(x, types.MethodType): return [(".self", x.__self__), (".name", x.__func__.__qualname__), (".func", x.__func__)]
+    if isinstance(x, type): return [(".name", x.__qualname__), *((f".{k}", v) for k, v in _class_data(x))] if _users(x) else None
+    if isinstance(x, weakref.ref): return [("()", x())]
+    owner = x.__self__
+    return [(".name", x.__qualname__), (".self", None if isinstance(owner, types.ModuleType) else owner)]
+
+def _inside_object(x) -> list:
+    "The same for tensors, and for objects in general."
+    if hasattr(x, "detach") and hasattr(x, "layout"):
+        bare = x.detach().to_dense() if "strided" not in str(x.layout) else x.detach()
+        value = bare.cpu().double().numpy() if x.dtype.is_floating_point else bare.cpu().numpy()
+        return [("", value), (".grad", x.grad if x.is_leaf else None), *_attributes(x, {"grad"})]
+    more = [(".state_dict()", dict(x.state_dict()))] if hasattr(x, "state_dict") and hasattr(x, "_c") else []  # compiled modules
+    if more or (more := _attributes(x)): return more
+    try: state = x.__reduce_ex__(2)
+    except Exception as e:
+        raise InputError(f"a {type(x).__name__}, which cannot be looked into", "arrays, tables, or an object with attributes",
+                         "compare its outputs instead: give state=") from e
+    if isinstance(state, str): return [(".name", state)]
+    return [(f".state{i}", list(part) if i > 1 and part is not None else part) for i, part in enumerate(state[1:5])]
+
+# %% ../../nbs/data/08a_audit.ipynb #ae6135a3
 def leaves(
     x,  # anything: arrays, tables, dictionaries, fitted objects, modules, functions with what they hold
     path: str = "",  # name of x in a message
@@ -359,11 +479,11 @@ def leaves(
     "Walk through an object down to its numbers and texts."
     if id(x) in _above: return
     inside = _inside(x)
-    if inside is None: yield path, x; return
+    if inside is None or (len(inside) == 1 and inside[0][1] is x): yield path, x; return
     yield f"{path}<{type(x).__name__}>", len(inside)
     for suffix, part in inside: yield from leaves(part, path + suffix, (*_above, id(x)))
 
-# %% ../../nbs/data/08a_audit.ipynb #ae6135a3
+# %% ../../nbs/data/08a_audit.ipynb #f468bb3d
 def _unequal(a, b) -> "tuple | None":
     "Index and both values where two leaves differ, () for whole leaves."
     if not isinstance(a, np.ndarray): return None if type(a) is type(b) and (a == b or a != a and b != b) else ((), a, b)
@@ -374,16 +494,26 @@ def _unequal(a, b) -> "tuple | None":
     at = tuple(int(i[0]) for i in np.nonzero(~same)) if a.ndim else ()
     return at, a[at], b[at]
 
+def _frozen(x) -> dict:
+    "All leaves by path, arrays copied, so that what happens to x later is seen; a path that comes twice is numbered."
+    out, times = {}, {}
+    for path, v in leaves(x):
+        times[path] = times.get(path, 0) + 1
+        out[path + f" ({times[path]})" * (times[path] > 1)] = v.copy() if isinstance(v, np.ndarray) else v
+    return out
+
+def _differ(one: dict, two: dict) -> "str | None":
+    for path in sorted(set(one) ^ set(two)): return f"{path or 'the value'} is only in {'the first' if path in one else 'the second'}"
+    for path, x in one.items():
+        if d := _unequal(x, two[path]): return f"{path}{list(d[0]) or ''} {_show(d[1])} became {_show(d[2], d[1])}".strip()
+    return None
+
 def difference(
     a,  # one thing
     b,  # another
 ) -> "str | None":  # where they differ first and how, or None if they are equal bit for bit (NaN equals NaN)
     "The first difference of two things."
-    one, two = dict(leaves(a)), dict(leaves(b))
-    for path in sorted(set(one) ^ set(two)): return f"{path or 'the value'} is only in {'the first' if path in one else 'the second'}"
-    for path, x in one.items():
-        if d := _unequal(x, two[path]): return f"{path}{list(d[0]) or ''} {_show(d[1])} became {_show(d[2], d[1])}".strip()
-    return None
+    return _differ(_frozen(a), _frozen(b))
 
 def _show(v, beside=None) -> str:
     "A value for a message; all its digits if six do not tell it from the one beside."
@@ -462,9 +592,9 @@ def _renamed(a: ad.AnnData, word: str) -> ad.AnnData:
     out.obs_names = [f"{word}-{i}" for i in rng(0, "data.audit", "names", word).permutation(a.n_obs)]
     return out
 
-def _features(builder: Callable, a: ad.AnnData) -> pd.DataFrame:
+def _features(builder: Callable, a: ad.AnnData, *more) -> pd.DataFrame:
     "What a builder returns, as a table with a row for each observation, in their order."
-    out = builder(a)
+    out = builder(a, *more)
     if isinstance(out, pd.DataFrame) and list(map(str, out.index)) != list(a.obs_names):
         raise InputError("a table whose index is not obs_names", "one row for each observation, in the order of the data",
                          "reindex it with adata.obs_names")
@@ -478,6 +608,25 @@ def _features(builder: Callable, a: ad.AnnData) -> pd.DataFrame:
     return pd.DataFrame(x, columns=names or [f"feature {i}" for i in range(x.shape[1])])
 
 # %% ../../nbs/data/08a_audit.ipynb #f7b44ddc
+def _takes_split(builder: Callable) -> bool:
+    "Whether a builder must be given a second argument."
+    try: known = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError): return False
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in known) > 1
+
+def _runner(builder: Callable, a: ad.AnnData, split: "Split | None") -> Callable:
+    "run(b, order): the features of b, whose rows are the rows `order` of a; the split goes along under b's names."
+    both = _takes_split(builder)
+    if both and split is None:
+        raise InputError("a builder of two arguments", "adata alone, or a split to give it", "tell the audit with split=")
+    def run(b: ad.AnnData, order: "np.ndarray | None" = None) -> pd.DataFrame:
+        if not both: return _features(builder, b)
+        names = a.obs_names.map(str) if order is None else a.obs_names.map(str)[order]
+        table = split.table.loc[names].set_axis(b.obs_names)
+        return _features(builder, b, make_split(split.name, table, seed=split.seed, params=split.params, notes=split.notes))
+    return run
+
+# %% ../../nbs/data/08a_audit.ipynb #9c8c90f3
 def _same(x: np.ndarray, y: np.ndarray) -> np.ndarray: return (x == y) | ((x != x) & (y != y))
 
 def _changed_features(a: pd.DataFrame, b: pd.DataFrame, names: pd.Index) -> "str | None":
@@ -491,38 +640,48 @@ def _changed_features(a: pd.DataFrame, b: pd.DataFrame, names: pd.Index) -> "str
     size = f"{int((~same).any(1).sum())} rows and {int((~same).any(0).sum())} features change"
     return f"{a.columns[c]!r} of row {names[r]!r} was {_show(x[r, c])} and is {_show(y[r, c], x[r, c])} ({size})"
 
-def _tried(builder: Callable, a: ad.AnnData, base: pd.DataFrame, names: pd.Index) -> "str | None":
+def _tried(run: Callable, b: ad.AnnData, base: pd.DataFrame, names: pd.Index) -> "str | None":
     "How the features differ on changed data; an error of the builder is a difference too."
-    try: now = _features(builder, a)
-    except Exception as e: return f"the builder fails with {type(e).__name__}: {str(e)[:80]}"
+    try: now = run(b)
+    except Exception as e: return _fails("the builder", e)
     return _changed_features(base, now, names)
 
-# %% ../../nbs/data/08a_audit.ipynb #9c8c90f3
-def _sound(builder: Callable, a: ad.AnnData, alive: list, places: bool) -> pd.DataFrame:
-    "The features, if the builder is deterministic, leaves its input alone, and looks neither at names nor at places."
+def _fails(who: str, e: Exception) -> str: return f"{who} fails with {type(e).__name__}: {' '.join(str(e).split())[:80]}"
+
+# %% ../../nbs/data/08a_audit.ipynb #7b669781
+def _sound(run: Callable, a: ad.AnnData, alive: list) -> pd.DataFrame:
+    "The features, if the builder is deterministic, leaves its input alone, and looks at no names."
     alive += [a.copy(), a.copy(), _renamed(a, "renamed")]
-    base = _features(builder, alive[0])
+    base = run(alive[0])
     if d := difference(a, alive[0]):
         raise InputError(f"the builder changes its input: {d}", "a builder that only reads", "copy inside it first")
-    if d := _changed_features(base, _features(builder, alive[1]), a.obs_names):
+    if d := _changed_features(base, run(alive[1]), a.obs_names):
         raise InputError(f"the builder is not deterministic: with the same input {d}", "equal features for equal input",
                          "give it a seed of its own in each call")
-    if d := _tried(builder, alive[2], base, a.obs_names):
+    if d := _tried(run, alive[2], base, a.obs_names):
         raise _leak(f"features depend on the names of the rows: after renaming {d}", "features of what is in a row",
-                    "look things up by a column, not by name")
-    if places: _refuse_places(builder, a, base, alive)
+                    "look things up by a column; a builder that needs the split takes (adata, split) and the audit split=")
     return base
 
-def _refuse_places(builder: Callable, a: ad.AnnData, base: pd.DataFrame, alive: list) -> None:
-    "Raise if a feature stays where it was when the rows are rolled by one."
-    alive.append(_renamed(a[np.roll(np.arange(a.n_obs), 1)], "rolled"))
-    x, y = base.to_numpy(), _features(builder, alive[-1]).to_numpy()
-    if x.shape != y.shape: return
-    stuck = base.columns[_same(x, y).all(0) & ~_same(x, np.roll(x, 1, 0)).all(0)]
-    if len(stuck):
-        raise _leak(f"{stuck[0]!r} stays in its place when the rows move ({len(stuck)} of {x.shape[1]} features)",
-                    "features of what is in a row",
-                               "it uses row numbers or a stored table; in sorted data the place is the label (places=False allows it)")
+# %% ../../nbs/data/08a_audit.ipynb #f1d39f0e
+def _rounding(a: ad.AnnData, x: np.ndarray, y: np.ndarray) -> "np.ndarray | None":
+    "Differences in units of what rounding may do, for each value; None if they are not numbers."
+    try: x, y = x.astype(float), y.astype(float)
+    except (TypeError, ValueError): return None
+    kinds = [m.dtype for m in (a.X, *a.layers.values()) if m is not None and m.dtype.kind == "f"]
+    eps = min(max([np.finfo(float).eps, *(np.finfo(k).eps for k in kinds)]), np.finfo(np.float32).eps)
+    large = np.where(np.isfinite(x), np.abs(x), 0).max(0, initial=0)
+    with np.errstate(all="ignore"): off = np.abs(x - y) / (1024 * eps * large)
+    return np.where(_same(x, y), 0, np.where(np.isnan(off), np.inf, off))
+
+def _moves(a: ad.AnnData, base: pd.DataFrame, moved: pd.DataFrame) -> "tuple[str | None, bool]":
+    "How features that came back to their old order differ from the first ones beyond rounding; and whether rounding shows."
+    d = _changed_features(base, moved, a.obs_names)
+    if d is None or base.shape != moved.shape or list(base) != list(moved): return d, False
+    off = _rounding(a, base.to_numpy(), moved.to_numpy())
+    if off is not None and (off <= 1).all(): return None, True
+    stuck = base.columns[(~_same(base.to_numpy(), moved.to_numpy()) if off is None else off > 1).any(0)]
+    return f"{stuck[0]!r} does not move with its row ({len(stuck)} of {base.shape[1]} features do not): {d}", False
 
 # %% ../../nbs/data/08a_audit.ipynb #1241c15e
 _PROFILE_WAYS, _LABEL_WAYS = ("made equal", "drawn anew", "permuted"), ("made equal", "named anew", "permuted", "permuted one by one")
@@ -530,7 +689,7 @@ _PROFILE_WAYS, _LABEL_WAYS = ("made equal", "drawn anew", "permuted"), ("made eq
 def _rows_to_change(a: ad.AnnData, split: "Split | None") -> np.ndarray:
     "Treated rows; with a split, those outside train."
     if "pert_type" not in a.obs: raise InputError("no column 'pert_type' in obs", "which rows are controls", "add it")
-    may = a.obs["pert_type"].astype(object).map(plain, na_action="ignore").ne("control").to_numpy()
+    may = _types(a.obs).ne("control").to_numpy()
     if split is not None: may = may & ~(split.mask(a, "train") | split.mask(a, "control"))
     if may.sum() < 2:
         raise InputError(f"{may.sum()} rows to change", "at least two treated rows" + (" outside train" if split is not None else ""),
@@ -546,8 +705,58 @@ def _columns_to_change(a: ad.AnnData, forbidden: Sequence[str], allowed: Sequenc
     return [c for c in a.obs if c in named or ("labels" in forbidden and c not in allowed)]
 
 # %% ../../nbs/data/08a_audit.ipynb #9248f3ad
+def _one_change(run: Callable, a: ad.AnnData, changed: ad.AnnData, word: str, alive: list) -> "tuple[str | None, pd.DataFrame | None]":
+    "Changed data first, then the real ones, in one fresh order: how they differ; and the real features, back in their old order."
+    order = rng(0, "data.audit", "order", word).permutation(a.n_obs)
+    alive += [_renamed(changed[order], word), _renamed(a[order], f"{word}-real")]
+    back = np.argsort(order)
+    try: now = run(alive[-2], order).iloc[back]
+    except Exception as e: return _fails("the builder", e), None
+    try: real = run(alive[-1], order).iloc[back]
+    except Exception as e: raise _leak(f"in another order of the rows {_fails('the builder', e)}", "a builder for any order",
+                                       "look things up by a column, not by place or name") from e
+    return _changed_features(real, now, a.obs_names), real
+
+def _refuse_places(a: ad.AnnData, base: pd.DataFrame, real: pd.DataFrame) -> bool:
+    "Raise if features do not move with their rows, or are not what they were; else whether rounding shows."
+    d, rounded = _moves(a, base, real)
+    if d:
+        raise _leak(f"features depend on the place of a row or on earlier calls: with the rows in another order {d}",
+                    "features of what is in a row, anew in each call",
+                    "it uses row numbers, a stored table or a memory; in sorted data the place is the label (places=False allows it)")
+    return rounded
+
+# %% ../../nbs/data/08a_audit.ipynb #7b62f6a7
+def _without(a: ad.AnnData, keys: Sequence[str]) -> ad.AnnData:
+    "A copy that lacks some entries; keys are written place/name."
+    b = a.copy()
+    for key in keys:
+        place, name = key.split("/", 1)
+        del getattr(b, place)[name]
+    return b
+
+def _precomputed(a: ad.AnnData, places: Sequence[str]) -> list:
+    "What somebody computed before and stored beside the data, as place/name; the columns of the schema are not counted."
+    own = {"var": {c.name for c in VAR}, "uns": {"perturbnb"}}
+    return [f"{p}/{k}" for p in places for k in getattr(a, p) if k not in own.get(p, ())]
+
+def _read(a: ad.AnnData, keys: list, differs: Callable) -> list:
+    "The entries without which a result is another; differs(data) tells."
+    if not keys or not differs(_without(a, keys)): return []
+    return [k for k in keys if differs(_without(a, [k]))] or [", ".join(keys)]
+
+def _columns_read(run: Callable, a: ad.AnnData, columns: Sequence[str], base: pd.DataFrame) -> list:
+    "The columns of obs on which the features depend."
+    def reads(c, how):
+        b = _labels_changed(a, [c], np.arange(a.n_obs), how, rng(0, "data.audit", "reads", c, how))
+        return _tried(run, _renamed(b, f"reads-{c}-{how}"), base, a.obs_names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [c for c in columns if any(reads(c, how) for how in ("permuted", "named anew"))]
+
+# %% ../../nbs/data/08a_audit.ipynb #7756c4d1
 def audit_features(
-    builder: Callable,  # adata -> array or table, one row for each observation
+    builder: Callable,  # adata -> array or table, one row for each observation; or (adata, split) -> …, with split=
     adata: ad.AnnData,  # the data it will be used on, or a sample of them
     *,
     split: "Split | None" = None,  # then only treated rows outside train are changed: the builder may learn from train
@@ -557,30 +766,45 @@ def audit_features(
     places: bool = True,  # refuse features that depend on the place of a row
 ) -> Audit:  # sentences for the report
     "Prove that inputs do not depend on labels or treated profiles; `LeakError` names row and feature otherwise."
-    a = adata.to_memory() if adata.isbacked else adata
+    a = (adata.to_memory() if adata.isbacked else adata)[np.arange(adata.n_obs)].copy()
     forbidden = (forbidden,) if isinstance(forbidden, str) else tuple(forbidden)
     rows, columns, alive = _rows_to_change(a, split), _columns_to_change(a, forbidden, allowed), []
     tests = [("treated profiles", h, functools.partial(_profiles_changed, a)) for h in _PROFILE_WAYS if "X" in forbidden]
     tests += [(f"labels ({', '.join(columns)})", h, functools.partial(_labels_changed, a, columns)) for h in _LABEL_WAYS if columns]
     if not tests:
         raise InputError(f"forbidden={forbidden}", "something to change: X, labels or a column", "say what the builder must not read")
-    base = _sound(builder, a, alive, places)
+    run = _runner(builder, a, split)
+    base, rounded = _sound(run, a, alive), False
     for what, how, change in tests:
-        alive.append(_renamed(change(rows, how, rng(seed, "data.audit", what, how)), f"{what}-{how}"))
-        if d := _tried(builder, alive[-1], base, a.obs_names):
+        d, real = _one_change(run, a, change(rows, how, rng(seed, "data.audit", what, how)), f"{what}-{how}", alive)
+        if d:
             raise _leak(f"features depend on {what}: after these were {how} in {len(rows)} rows, {d}",
                         f"equal features, since the model must not see the {what}",
-                        "compute them without; if the model may read them, say so with forbidden=")
-    return _feature_report(base, rows, list(dict.fromkeys(w for w, *_ in tests)), split)
+                        "compute them without; if the model may read them, say so with forbidden= or allowed=")
+        if places: rounded |= _refuse_places(a, base, real)
+    notes = _feature_notes(run, a, base, columns, places, rounded)
+    return _feature_report(base, rows, list(dict.fromkeys(w for w, *_ in tests)), split, notes)
 
-# %% ../../nbs/data/08a_audit.ipynb #7b62f6a7
-def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None") -> Audit:
+# %% ../../nbs/data/08a_audit.ipynb #ecc3e57d
+def _feature_notes(run: Callable, a: ad.AnnData, base: pd.DataFrame, changed: Sequence[str], places: bool, rounded: bool) -> list:
+    "What the features read although it was not changed, and what the proof leaves open."
+    used = _columns_read(run, a, [c for c in a.obs if c not in changed], base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = _read(a, _precomputed(a, ("var", "varm", "varp", "uns")), lambda b: _tried(run, b, base, a.obs_names))
+    out = [f"features depend on these columns of obs, as they may: {', '.join(used)}" if used else "features depend on no column of obs"]
+    out += [f"features read {', '.join(stored)}: what stands there was taken as given"] if stored else []
+    out += ["what stands in var, varm and uns, and what the builder holds already, was taken as given"]
+    out += ["the place of a row was not checked (places=False)"] * (not places)
+    out += ["with the rows in another order features agree up to rounding, not bit for bit"] * rounded
+    return out + ["all features are constant"] * bool((base.nunique(dropna=False) <= 1).all())
+
+def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None", notes: list) -> Audit:
     where = f"{len(rows)} treated rows" + (" outside train" if split is not None else "")
     claim = f"{base.shape[1]} features of {len(base)} rows stay equal, bit for bit, when the"
     proved = [f"{claim} {k} of {where} are permuted, made equal and replaced" for k in kinds]
-    flat = bool((base.nunique(dropna=False) <= 1).all())
-    notes = ["what stands in var, varm and uns was taken as given"] + ["all features are constant"] * flat
-    return Audit("the inputs", (*proved, "the builder is deterministic, leaves its input alone, and looks at no row name"),
+    moved = ["features move with their rows"] * (not any("places=False" in n for n in notes))
+    return Audit("the inputs", (*proved, "the builder is deterministic, leaves its input alone, and looks at no row name", *moved),
                  notes=tuple(notes))
 
 # %% ../../nbs/data/08a_audit.ipynb #fb877939
@@ -597,8 +821,8 @@ def _both_changed(a: ad.AnnData, rows: np.ndarray, how: str, stream) -> ad.AnnDa
 def _refitted(fit: Callable, state: Callable, a: ad.AnnData, split: Split, base) -> "str | None":
     "How the fitted state differs on changed data; an error is a difference too."
     try: now = state(fit(a, split))
-    except Exception as e: return f"fit fails with {type(e).__name__}: {str(e)[:80]}"
-    return difference(base, now)
+    except Exception as e: return _fails("fit", e)
+    return _differ(base, _frozen(now))
 
 # %% ../../nbs/data/08a_audit.ipynb #31551096
 def audit_fit(
@@ -608,6 +832,7 @@ def audit_fit(
     *,
     state: Callable = lambda fitted: fitted,  # what to compare: the fitted object itself, or for example its output on fixed rows
     may_see: Sequence[str] = ("train", "control"),  # parts whose rows are left as they are
+    given: Sequence[str] = (),  # entries such as "obsm/X_pca" or "var/highly_variable" that were made without the held-out rows
     seed: int = 0,  # of the changes
 ) -> Audit:  # sentences for the report
     "Prove that what was fitted depends on training rows alone; `LeakError` names what changed otherwise."
@@ -618,8 +843,8 @@ def audit_fit(
         raise InputError(f"{len(rows)} rows outside {', '.join(may_see)} and {len(train)} in train", "two or more of each",
                          "a proof needs something to change")
     alive = [a.copy(), a.copy()]
-    base = state(fit(alive[0], split))
-    if d := difference(base, state(fit(alive[1], split))):
+    base = _frozen(state(fit(alive[0], split)))
+    if d := _differ(base, _frozen(state(fit(alive[1], split)))):
         raise InputError(f"the fit is not deterministic: {d}", "equal results for equal input",
                          "give it a seed, or compare what matters with state=")
     tests = [(f"were {how}", _both_changed(a, rows, how, rng(seed, "data.audit", "fit", how)),
@@ -628,13 +853,26 @@ def audit_fit(
         if d := _refitted(fit, state, b, its, base):
             raise _leak(f"what was fitted depends on rows outside {' and '.join(may_see)}: after {len(rows)} rows {how}, {d}",
                         "a fit on training rows alone", "fit on adata[split.mask(adata, 'train')]")
+    _refuse_precomputed(fit, state, a, split, base, (given,) if isinstance(given, str) else given)
     if not _learns(fit, state, a, split, train, base, seed):
         raise InputError("what was fitted does not change when the training rows change", "a fit that reads the data it is given",
                          "it returns something stored: fit anew in each call")
     claim = f"what was fitted on {len(train)} training rows stays equal, bit for bit, when the other {len(rows)} rows"
     seen = tuple(f"{n} rows of part {p} may be seen" for p in may_see if p != "train" and (n := int(split.mask(a, p).sum())))
     proved = (f"{claim} are permuted, made equal, replaced, and taken away", "it does change when the training rows change")
-    return Audit("the fit", proved, seen)
+    notes = [f"{', '.join(given if not isinstance(given, str) else [given])}: made without the held-out rows, as you say"] if given else []
+    notes += ["X and layers, var, and what fit itself already holds (closures, globals, files, memories) were taken as given"]
+    return Audit("the fit", proved, seen, notes=tuple(notes))
+
+def _refuse_precomputed(fit, state, a, split, base, given: Sequence[str]) -> None:
+    "Raise if a fit reads what somebody stored beside the data and nobody answers for."
+    stored = _precomputed(a, ("obsm", "obsp", "var", "varm", "varp", "uns"))
+    for g in given:
+        if g not in stored: raise InputError(f"given={g!r}", "an entry of the data, written obsm/name", nearest(g, stored))
+    read = _read(a, [k for k in stored if k not in given], lambda b: _refitted(fit, state, b, split, base))
+    if read:
+        raise _leak(f"what was fitted reads {', '.join(read)}, which may have been computed on all rows",
+                    "a fit on X and obs of the training rows", f"compute it inside fit; if it saw no held-out row, say given={tuple(read)}")
 
 # %% ../../nbs/data/08a_audit.ipynb #afe7bf48
 def _learns(fit, state, a, split, train, base, seed) -> bool:

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import ChangedFile, InputError, MissingFile, atomic_file, nearest, rng, table_hash
-from .drugs import plain, structure_groups
-from .schema import PERT_TYPES
+from .drugs import loose, plain, structure_groups
+from .schema import PERT_TYPES, is_control_name
 
 # %% ../../nbs/data/08_split.ipynb #0add2d14
 PARTS = ("train", "val", "test", "control", "left_out")
@@ -47,6 +47,20 @@ def split_hash(
     return hashlib.sha256(f"{head}\n{rows}".encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../../nbs/data/08_split.ipynb #bdc6c719
+def _whole_seed(seed) -> int:
+    "A seed that every generator takes."
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed!r}", "a whole number from 0 to 4,294,967,295", "choose another seed")
+    return int(seed)
+
+def _json(params) -> dict:
+    "Parameters as they will be saved."
+    if not isinstance(params, dict): raise InputError(f"params={str(params)[:60]!r}", "a dictionary", "give name: value pairs")
+    try: return json.loads(json.dumps(params))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"params that JSON cannot hold ({e})", "texts, plain numbers, lists", "convert NumPy values with .item()") from e
+
+# %% ../../nbs/data/08_split.ipynb #e4ae68cd
 def make_split(
     name: str,  # the rule whose promise the table claims to keep
     table: "pd.DataFrame | pd.Series",  # index: names of observations; part, and stratum if there is one
@@ -56,6 +70,10 @@ def make_split(
     notes: Sequence[str] = (),  # sentences
 ) -> Split:  # with its hash
     "A split from a finished table: a rule's, or one from a publication."
+    if not isinstance(name, str): raise InputError(f"the rule {name!r}", "a name", "say which rule the table keeps")
+    if not isinstance(table, (pd.DataFrame, pd.Series)):
+        raise InputError(f"a {type(table).__name__}", "a table or Series of parts, indexed by name", "pd.Series(parts, names)")
+    seed, params = _whole_seed(seed), _json(params or {})
     table = (table.to_frame("part") if isinstance(table, pd.Series) else table).copy()
     if "part" not in table:
         raise InputError(f"a table with the columns {list(table.columns)}", "a column part", "name it, or give a Series")
@@ -66,9 +84,8 @@ def make_split(
                          "make the names unique")
     if (odd := table.index[~table["part"].isin(PARTS)]).size:
         raise InputError(f"{odd[0]!r} has part {table['part'][odd[0]]!r}", "one of " + ", ".join(PARTS), "correct the part")
-    params = json.loads(json.dumps(params or {}))
-    made = Split(name, int(seed), params, table, tuple(notes))
-    return Split(name, int(seed), params, table, tuple(notes), split_hash(made))
+    made = Split(name, seed, params, table, tuple(notes))
+    return Split(name, seed, params, table, tuple(notes), split_hash(made))
 
 # %% ../../nbs/data/08_split.ipynb #e1c01a8d
 from fastcore.basics import patch
@@ -134,11 +151,12 @@ def load(
         head = json.loads((table.schema.metadata or {})[b"perturbnb_split"])
         frame = table.to_pandas().set_index("name")[["part", "stratum"]].astype(object)
         found = Split(head["name"], head["seed"], head["params"], frame, tuple(head["notes"]), head["hash"])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as e:
+        again = split_hash(make_split(found.name, frame, seed=found.seed, params=found.params, notes=found.notes))
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path} cannot be read as a split ({type(e).__name__})", "a file written by Split.save",
                          "save the split again") from e
-    if split_hash(found) != found.hash:
-        raise ChangedFile(f"{path} is not the split that was saved", f"the hash {found.hash[:12]}…",
+    if again != found.hash:
+        raise ChangedFile(f"{path} is not the split that was saved", f"the hash {str(found.hash)[:12]}…",
                           "the file was edited: make the split again")
     return found
 
@@ -149,11 +167,20 @@ def _texts(s: pd.Series) -> pd.Series:
 
 def _column(obs: pd.DataFrame, name: str, why: str = "this rule groups by it") -> pd.Series:
     "A column as plain text, with a value in each row."
+    if not isinstance(name, str): raise InputError(f"the column {name!r}", "the name of one column", "give a text")
     if name not in obs: raise InputError(f"no column {name!r} in obs", f"it, since {why}", nearest(name, obs.columns))
     text = _texts(obs[name])
     for row in text.index[text.isna() | text.eq("")][:1]:
         raise InputError(f"row {row!r} has no {name}", "a value in each row", "fill it in or drop the row")
     return text
+
+def _level(obs: pd.DataFrame, name: str) -> "tuple[pd.Series, tuple]":
+    "A column as text in which MCF-7 and MCF7, or 1 and 1.0, are one value; and a note on such values."
+    text = _column(obs, name)
+    spellings = pd.Series(sorted(text.unique())).groupby(lambda i: loose(sorted(text.unique())[i])).agg(list)
+    many = [" = ".join(names) for names in spellings if len(names) > 1]
+    note = (f"{name}: taken as one value: {'; '.join(many[:5])}{' …' * (len(many) > 5)}",) if many else ()
+    return text.map({n: names[0] for names in spellings for n in names}), note
 
 def _fraction(name: str, value: float, low: float = 0) -> float:
     "A fraction that can be held out."
@@ -192,7 +219,7 @@ def _deal(member: pd.Series, weight: pd.Series, strata: pd.Series, stream, what:
     part, order = pd.Series("train", index=weight.index), _shuffled(strata.sort_index(), stream)
     for name, how in (("test", test), ("val", val)):
         left = [g for g in order if part[g] == "train"]
-        if isinstance(how, (list, tuple, set)): chosen = _named(sorted(how), member, what)
+        if isinstance(how, (list, tuple, set)): chosen = _named(sorted(map(str, how)), member, what)
         else: chosen = _take(left, weight, _fraction(name, how, 0))
         for g in chosen:
             if part[g] != "train":
@@ -243,14 +270,14 @@ def split(
     **params,  # options of the rule, see `rules()`
 ) -> Split:  # with its hash
     "Hold observations out by a named rule."
-    if name not in SPLITS: raise InputError(f"split {name!r}", "a rule of perturbnb.data.split.SPLITS", nearest(name, SPLITS))
+    if not isinstance(name, str) or name not in SPLITS: raise InputError(f"split {name!r}", "a rule of perturbnb.data.split.SPLITS", nearest(name, SPLITS))
     rule, known = SPLITS[name], {p.name: p.default for p in inspect.signature(SPLITS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY}
     for p in params:
         if p not in known: raise InputError(f"option {p!r} of the split {name}", "an option of this rule", nearest(p, known))
     allowed = getattr(rule, "controls", ("shared",))
     controls = controls or allowed[0]
     if controls not in allowed: raise InputError(f"controls={controls!r} with the split {name}", " or ".join(allowed), "leave it out")
-    obs, aside = _prepared(data, controls)
+    seed, (obs, aside) = _whole_seed(seed), _prepared(data, controls)
     dealt = rule(obs, seed, **params)
     table = pd.concat([pd.DataFrame({"part": dealt.part, "stratum": dealt.stratum}),
                        pd.DataFrame({"part": "control", "stratum": "control"}, index=aside)])
@@ -262,7 +289,8 @@ def split(
 def _strata(obs: pd.DataFrame, group: pd.Series, by: "str | None") -> "tuple[pd.Series, pd.Series, tuple]":
     "Stratum of each row and of each group (its commonest, the first by name in a tie), and a note on the thin ones."
     if by is None: return pd.Series("all", obs.index), pd.Series("all", sorted(group.unique())), ()
-    if by not in obs: raise InputError(f"no column {by!r} in obs", "the column to stratify by", nearest(by, obs.columns))
+    if not isinstance(by, str) or by not in obs:
+        raise InputError(f"no column {by!r} in obs", "the name of the column to stratify by", nearest(by, obs.columns))
     row = obs[by].astype(object).where(obs[by].notna(), "unknown").map(str)
     n = pd.DataFrame({"g": group, "s": row}).value_counts().rename("n").reset_index()
     first = n.sort_values(["g", "n", "s"], ascending=[True, False, True]).drop_duplicates("g").set_index("g")["s"]
@@ -282,21 +310,30 @@ def _by_group(obs: pd.DataFrame, group: pd.Series, names: pd.Series, seed: int, 
 
 # %% ../../nbs/data/08_split.ipynb #367d23e0
 def _labels(obs: pd.DataFrame) -> pd.Series:
-    "`pert` of each row with its parts sorted and joined by +: equal whatever their order."
+    "`pert` of each row with its parts sorted and joined by +, controls among them left out: equal whatever order and case."
     _column(obs, "pert")
-    known = {v: "+".join(sorted({g.strip() for g in str(v).split("+")} - {""})) for v in obs["pert"].unique()}
-    return obs["pert"].astype(object).map(known)
+    parts = {v: {plain(g): g.strip() for g in sorted(str(v).split("+"), reverse=True) if g.strip()} for v in obs["pert"].unique()}
+    spelling = {}  # of each part the spelling that sorts first, in the whole table
+    for found in parts.values(): spelling |= {k: min(g, spelling.get(k, g)) for k, g in found.items()}
+    kept = {v: [k for k in found if not is_control_name(k)] or found for v, found in parts.items()}
+    return obs["pert"].astype(object).map({v: "+".join(sorted(spelling[k] for k in found)) for v, found in kept.items()})
 
 _GENETIC = frozenset(t.name for t in PERT_TYPES if t.genes)
+
+
+def _genetic(obs: pd.DataFrame) -> pd.Series:
+    "Which rows are genetic perturbations: by their type, and without a structure."
+    drawn = obs["smiles"].notna() & obs["smiles"].astype(str).str.strip().ne("") if "smiles" in obs else False
+    return _texts(obs["pert_type"]).isin(_GENETIC) & ~pd.Series(drawn, obs.index)
 
 # %% ../../nbs/data/08_split.ipynb #e38a3fee
 def _drugs(obs: pd.DataFrame, by: str = "structure") -> "tuple[pd.Series, tuple]":
     "Group of each row, by name and structure (genetic perturbations by their genes), and notes."
-    genetic = obs["pert_type"].astype(object).isin(_GENETIC)
+    genetic = _genetic(obs)
     out, drugs = _labels(obs), obs[~genetic]
     if drugs.empty: return out, ()
     groups = structure_groups(drugs.drop_duplicates([c for c in ("pert", "smiles") if c in obs]), name="pert", by=by)
-    out[~genetic] = drugs["pert"].map(str).map(groups["group"])
+    out[~genetic] = drugs["pert"].astype(object).map(str).map(groups["group"])
     lost = groups.index[~groups.known]
     note = "no column smiles: drugs are grouped by name alone" if "smiles" not in obs else \
         f"{len(lost)} of {len(groups)} drugs have no structure and are grouped by name alone" if len(lost) else None
@@ -305,7 +342,7 @@ def _drugs(obs: pd.DataFrame, by: str = "structure") -> "tuple[pd.Series, tuple]
 @_register
 def unseen_drug(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
     "Whole drugs held out, together with their salts, solvates and equal structures."
-    if (gene := obs.index[obs["pert_type"].astype(object).isin(_GENETIC)]).size:
+    if (gene := obs.index[_texts(obs["pert_type"]).isin(_GENETIC)]).size:
         raise InputError(f"row {gene[0]!r} is a genetic perturbation ({obs['pert'][gene[0]]})", "drugs or metabolites",
                          "use unseen_gene, unseen_combo, gears or doubles")
     group, notes = _drugs(obs)
@@ -324,8 +361,8 @@ def unseen_scaffold(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
 @_register
 def unseen_cell_line(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
     "Whole cell lines held out; their controls are shared on purpose."
-    line = _column(obs, "cell_line")
-    return _by_group(obs, line, line, seed, "unseen_cell_line", "cell line", test, val, stratify)
+    line, note = _level(obs, "cell_line")
+    return _by_group(obs, line, _column(obs, "cell_line"), seed, "unseen_cell_line", "cell line", test, val, stratify, note)
 
 @_register
 def grouped_well(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
@@ -336,14 +373,14 @@ def grouped_well(obs, seed, *, test=0.2, val=0.1, stratify=None) -> Dealt:
 @_register
 def replicate_out(obs, seed, *, by="replicate", test=0.2, val=0, stratify=None) -> Dealt:
     "Whole replicates held out; every perturbation may be on both sides."
-    level = _column(obs, by)
-    return _by_group(obs, level, level, seed, "replicate_out", by, test, val, stratify)
+    level, note = _level(obs, by)
+    return _by_group(obs, level, _column(obs, by), seed, "replicate_out", by, test, val, stratify, note)
 
 @_register
 def donor(obs, seed, *, test=0.2, val=0, stratify=None) -> Dealt:
     "Whole donors held out."
-    who = _column(obs, "donor")
-    return _by_group(obs, who, who, seed, "donor", "donor", test, val, stratify)
+    who, note = _level(obs, "donor")
+    return _by_group(obs, who, _column(obs, "donor"), seed, "donor", "donor", test, val, stratify, note)
 
 replicate_out.controls = donor.controls = ("shared", "split")  # the first is the rule's own choice
 
@@ -351,16 +388,16 @@ replicate_out.controls = donor.controls = ("shared", "split")  # the first is th
 @_register
 def unseen_both(obs, seed, *, test_drugs=0.2, test_lines=0.2, val_drugs=0.1, val_lines=0.1) -> Dealt:
     "Drug and cell line both unseen; rows with one of the two are left out."
-    line, (group, notes) = _column(obs, "cell_line"), _drugs(obs)
+    (line, note), (group, notes) = _level(obs, "cell_line"), _drugs(obs)
     d = _by_group(obs, group, _column(obs, "pert"), seed, "unseen_both drugs", "drug", test_drugs, val_drugs, None).part
-    c = _by_group(obs, line, line, seed, "unseen_both lines", "cell line", test_lines, val_lines, None).part
+    c = _by_group(obs, line, _column(obs, "cell_line"), seed, "unseen_both lines", "cell line", test_lines, val_lines, None).part
     part = d.where(d == c, "left_out")
     for p in ["train", "test"] + ["val"] * bool(val_drugs):
         if not (part == p).any():
             raise InputError(f"no row for {p}", "a row in each part",
                              "the pairs that were measured are too few: hold out more, or choose another seed")
     lost = f"{int((part == 'left_out').sum())} of {len(part)} rows are left out: drug and line belong to different parts"
-    return Dealt(part, pd.Series("all", obs.index), (*notes, lost))
+    return Dealt(part, pd.Series("all", obs.index), (*notes, *note, lost))
 
 # %% ../../nbs/data/08_split.ipynb #a33115b5
 def _hold_pairs(pairs: pd.DataFrame, order: list, wanted: "dict[str, int]") -> pd.Series:
@@ -382,15 +419,15 @@ def _hold_pairs(pairs: pd.DataFrame, order: list, wanted: "dict[str, int]") -> p
 @_register
 def pair(obs, seed, *, test=0.2, val=0.1, stratify="cell_line") -> Dealt:
     "Pairs of drug and cell line held out; every drug and every line is still trained on."
-    group, notes = _drugs(obs)
-    rows = pd.DataFrame({"drug": group, "line": _column(obs, "cell_line")})
+    (group, notes), (line, note) = _drugs(obs), _level(obs, "cell_line")
+    rows = pd.DataFrame({"drug": group, "line": line})
     pairs = rows.drop_duplicates().sort_values(["drug", "line"]).reset_index(drop=True)
     which = rows.merge(pairs.reset_index(names="pair"), how="left", on=["drug", "line"]).set_axis(rows.index)["pair"]
     row, strata, more = _strata(obs, which, stratify)
     order = _shuffled(strata.sort_index(), rng(seed, "data.split", "pair"))
     wanted = {p: max(1, round(f * len(pairs))) if f else 0 for p, f in (("test", _fraction("test", test)), ("val", _fraction("val", val)))}
     if not wanted["test"]: raise InputError("test=0", "a fraction above 0", "0.2 holds out a fifth")
-    return Dealt(which.map(_hold_pairs(pairs, order, wanted)), row, notes + more)
+    return Dealt(which.map(_hold_pairs(pairs, order, wanted)), row, notes + note + more)
 
 # %% ../../nbs/data/08_split.ipynb #c7c5cace
 def _genes(labels) -> list: return sorted({g for c in labels for g in c.split("+")})
@@ -431,7 +468,9 @@ def unseen_combo(obs, seed, *, test=0.2, val=0.1) -> Dealt:
     return Dealt(labels.map(part).fillna("train"), labels.map(strata).fillna("single"))
 
 # %% ../../nbs/data/08_split.ipynb #63ff8a4e
-def _share(name: str, value: float) -> float: return 1.0 if value == 1 else _fraction(name, value)  # here 1 means: all
+def _share(name: str, value: float) -> float:
+    "A fraction for which 1 means: all."
+    return 1.0 if not isinstance(value, bool) and isinstance(value, (int, float)) and value == 1 else _fraction(name, value)
 
 def _gears_halves(conditions: list, genes_train: float, combos_train: float, seed: int) -> "tuple[list, list]":
     "One pass of the GEARS procedure over sorted labels: train and held out."
@@ -460,8 +499,10 @@ def doubles(obs, seed, *, train=0.5) -> Dealt:
     "Ahlmann-Eltze: all singles and half of the doubles train, the rest is test and val."
     labels, draw = _labels(obs), np.random.RandomState(seed)
     combos = sorted(c for c in set(labels) if "+" in c)
-    n = len(combos) // 2 if train == 0.5 else int(_fraction("train", train) * len(combos))
-    if len(combos) - n < 2: raise InputError(f"{len(combos)} combinations", "at least two to hold out", "this rule needs doubles")
+    n = int(_fraction("train", train) * len(combos))
+    if len(combos) - n < 2:
+        raise InputError(f"{len(combos)} combinations (genes joined by +), of which train={train} leaves {len(combos) - n}",
+                         "two to hold out, so three combinations or more", "this rule needs doubles")
     fitted = set(draw.choice(combos, n, replace=False))
     rest = sorted(set(combos) - fitted)
     test = set(draw.choice(rest, len(rest) // 2, replace=False))
