@@ -885,6 +885,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'perturbnb/metrics/evaluate.py'),
                                             'perturbnb.metrics.evaluate._differences': ( 'metrics/evaluate.html#_differences',
                                                                                          'perturbnb/metrics/evaluate.py'),
+                                            'perturbnb.metrics.evaluate._held_out': ( 'metrics/evaluate.html#_held_out',
+                                                                                      'perturbnb/metrics/evaluate.py'),
                                             'perturbnb.metrics.evaluate._independent': ( 'metrics/evaluate.html#_independent',
                                                                                          'perturbnb/metrics/evaluate.py'),
                                             'perturbnb.metrics.evaluate._names': ( 'metrics/evaluate.html#_names',

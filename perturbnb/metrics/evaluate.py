@@ -139,6 +139,13 @@ def _predicted(tables: dict, real: pd.DataFrame, missing: str) -> "tuple[dict, p
         gone = gone.union(none)
     return found, real.index[real.index.isin(gone)]
 
+def _held_out(real: pd.DataFrame, audit) -> pd.DataFrame:
+    "The observations, if the audited split holds all of them out."
+    held = getattr(audit, "held", ())
+    for n in real.index.astype(str).difference(list(held))[:1] if held else ():
+        raise InputError(f"row {n!r} is not held out by the audited split", "rows of val and test", "audit the split that these predictions belong to")
+    return real
+
 def _names(x) -> list: return [x] if isinstance(x, str) else list(x)
 
 # %% ../../nbs/metrics/09_evaluate.ipynb #6aec17fb
@@ -160,7 +167,7 @@ def evaluate(
 ) -> Evaluation:
     "Every metric of every prediction with its interval, and every model against every baseline."
     obs = obs if obs is not None else getattr(real, "obs", None)
-    lines, real, by, baselines, controls = audit_lines(audit), as_table(real, "real"), _names(by), _names(baselines), _names(controls)
+    lines, real, by, baselines, controls = audit_lines(audit), _held_out(as_table(real, "real"), audit), _names(by), _names(baselines), _names(controls)
     if average == "macro" and not groups: raise InputError("average='macro' without groups", "a column of obs whose values count alike", "name it in groups=")
     if not predictions: raise InputError("no prediction", "at least one, {name: table}", "pass what the models predicted")
     for n in (*baselines, *controls):
