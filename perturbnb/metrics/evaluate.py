@@ -120,6 +120,7 @@ def _independent(obs: "pd.DataFrame | None", names: pd.Index, groups) -> None:
     n = obs.loc[names, "pert"].nunique()
     if n < len(names): raise InputError(f"{len(names)} rows of {n} perturbations and no groups", "rows that share their luck named", "say groups='pert' (or another column), or groups=False if each row is independent")
 
+# %% ../../nbs/metrics/09_evaluate.ipynb #6aec17fb
 def _by_name(value, real: pd.DataFrame, name: str):
     "A keyword of a metric in the order of the observations; arrays as they are."
     if isinstance(value, pd.DataFrame): return aligned(as_table(value, name), real, name).to_numpy(value.dtypes.iloc[0])
@@ -148,7 +149,7 @@ def _held_out(real: pd.DataFrame, audit) -> pd.DataFrame:
 
 def _names(x) -> list: return [x] if isinstance(x, str) else list(x)
 
-# %% ../../nbs/metrics/09_evaluate.ipynb #6aec17fb
+# %% ../../nbs/metrics/09_evaluate.ipynb #66e9295a
 def evaluate(
     real: "pd.DataFrame | AnnData",  # observed effects, perturbations by genes
     predictions: dict,  # name of a model -> predicted effects, the same rows and genes
@@ -186,6 +187,7 @@ def evaluate(
     ids = [m.id for m in found]
     return Evaluation(rows, _summary(rows, ids, kinds, by, groups, **options), _differences(rows, ids, baselines, controls, by, groups, **options), lines, tuple(gone))
 
+# %% ../../nbs/metrics/09_evaluate.ipynb #ec0f1006
 def _rows(real: pd.DataFrame, tables: dict, gone: pd.Index, about: pd.DataFrame, ids: list, context: dict) -> pd.DataFrame:
     "Every value: rows that all models predict, by models."
     keep, parts = ~real.index.isin(gone), []
