@@ -382,7 +382,7 @@ def _own_options(method: str, options: dict) -> dict:
     "The options of a method, checked."
     known = _OWN.get(method, [])
     for o in [o for o in options if o not in known][:1]:
-        raise InputError(f"option {o!r} of {method}", f"one of: {', '.join(known) or 'it has none'}",
+        raise InputError(f"option {o!r} of {method}", f"its option {', '.join(known)}" if known else "no option of its own",
                          f"it belongs to {', '.join(m for m in _OWN if o in _OWN[m])}" if any(o in v for v in _OWN.values()) else nearest(o, known) if known else "leave it out")
     check = {"n_extreme": lambda v: whole("n_extreme", v, 100), "scaled": lambda v: flag("scaled", v)}
     return {k: check[k](v) for k, v in options.items()}
