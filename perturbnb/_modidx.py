@@ -97,6 +97,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'perturbnb.data.audit._inside_array': ('data/audit.html#_inside_array', 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._inside_code': ('data/audit.html#_inside_code', 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._inside_object': ('data/audit.html#_inside_object', 'perturbnb/data/audit.py'),
+                                      'perturbnb.data.audit._inside_sparse': ('data/audit.html#_inside_sparse', 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._inside_table': ('data/audit.html#_inside_table', 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._joined': ('data/audit.html#_joined', 'perturbnb/data/audit.py'),
                                       'perturbnb.data.audit._known_partners': ( 'data/audit.html#_known_partners',

@@ -34,7 +34,6 @@ class Audit:
     shared: tuple = ()  # shared on purpose
     open: tuple = ()  # shared, and not promised otherwise
     notes: tuple = ()  # what limits the proof
-    held: tuple = ()  # names of the rows in val and test, where a split was audited: what may be scored
 
     @property
     def lines(self) -> list:
@@ -331,14 +330,13 @@ def audit(
     _controls(split, obs, part)
     promised = [p.format(by=split.params.get("by", "replicate")) for p in PROMISES[split.name]]
     used = [p for p in promised if not (p in _OPTIONAL and facet(obs, p) is None)]
-    if _types(obs).isin([*_GENETIC, "control"]).all() and not _drawn(obs).any(): used = [p for p in used if p not in ("structure", "scaffold")]
+    chemical = not _types(obs).isin([*_GENETIC, "control"]).all() or _drawn(obs).any()
+    used = [p for p in used if chemical or p not in ("structure", "scaffold")]
     proved = [_disjoint(split, obs, part, p) for p in used] + [check(split, obs, part) for check in _CHECKS.get(split.name, [])]
     empty, proved = None in proved, [p for p in proved if p]
+    notes = [*split.notes, *["there is no single perturbation: nothing to prove about singles"] * empty, *_limits(obs, promised, used)]
     return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]),
-                 tuple(_shared_on_purpose(obs, part, used)),
-                 tuple(_not_promised(obs, part, used)),
-                 split.notes + ("there is no single perturbation: nothing to prove about singles",) * empty + tuple(_limits(obs, promised, used)),
-                 tuple(obs.index[part.isin(("val", "test"))]))
+                 tuple(_shared_on_purpose(obs, part, used)), tuple(_not_promised(obs, part, used)), tuple(dict.fromkeys(notes)))
 
 # %% ../../nbs/data/08a_audit.ipynb #b3ab3ef9
 def _whole(split: Split, obs: pd.DataFrame) -> str:
@@ -363,8 +361,9 @@ def _one_value(obs: pd.DataFrame, name: str) -> list:
 
 # %% ../../nbs/data/08a_audit.ipynb #d2fe9442
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic)
-_MACHINERY = {"_mgr", "_item_cache", "_attrs", "_flags", "_name", "_names", "_index", "_data", "_cache", "_id", "_no_setting_name", "_references",
-              "_range", "_levels", "_codes", "_dtype", "_ndarray", "_is_copy", "sortorder", "__dict__", "__weakref__", "_abc_impl"}
+_MACHINERY = {"_mgr", "_item_cache", "_attrs", "_flags", "_name", "_names", "_index", "_data", "_cache", "_id", "_no_setting_name",
+              "_references", "_range", "_levels", "_codes", "_dtype", "_ndarray", "_is_copy", "sortorder",
+              "__dict__", "__weakref__", "_abc_impl"}
 
 def _attributes(x, skip: "frozenset | set" = frozenset()) -> list:
     "(suffix, value) of all that hangs on an object: its __dict__, its slots, and the data of its own classes."
@@ -397,11 +396,7 @@ def _inside(x) -> "list | None":
     if x is None or isinstance(x, types.ModuleType): return None
     if isinstance(x, _PLAIN): return None if type(x) in _PLAIN or not (more := _attributes(x)) else [("()", _bare(x)), *more]
     if isinstance(x, np.ndarray): return _inside_array(x)
-    if sparse.issparse(x):
-        m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
-        kept = {k: v for k, v in vars(x).items() if not k.startswith("_") and k not in ("data", "indices", "indptr", "row", "col", "coords",
-                                                                                        "offsets", "rows", "maxprint")}
-        return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data), *((f".{k}", v) for k, v in kept.items())]
+    if sparse.issparse(x): return _inside_sparse(x)
     if isinstance(x, (pd.DataFrame, pd.Series, pd.Index, pd.Categorical)): return _inside_table(x)
     if isinstance(x, ad.AnnData): return _inside_anndata(x)
     if isinstance(x, Mapping):
@@ -410,6 +405,13 @@ def _inside(x) -> "list | None":
     if isinstance(x, (list, tuple)): return [(f"[{i}]", v) for i, v in enumerate(x)] + _attributes(x)
     if isinstance(x, (set, frozenset)): return [(f"{{{i}}}", v) for i, v in enumerate(sorted(x, key=repr))] + _attributes(x)
     return _inside_code(x) if isinstance(x, _CODE) else _inside_object(x)
+
+# %% ../../nbs/data/08a_audit.ipynb #638d6897
+def _inside_sparse(x) -> list:
+    m = sparse.csr_matrix(x, copy=True); m.sum_duplicates()
+    own = ("data", "indices", "indptr", "row", "col", "coords", "offsets", "rows", "maxprint")
+    kept = [(f".{k}", v) for k, v in vars(x).items() if not k.startswith("_") and k not in own]
+    return [(".shape", m.shape), (".indptr", m.indptr), (".indices", m.indices), (".data", m.data), *kept]
 
 def _bare(x):
     "The plain value of a number or text with attributes."
@@ -424,6 +426,7 @@ def _inside_array(x: np.ndarray) -> "list | None":
     if flat.dtype == object: return [(f"[{i}]", v) for i, v in enumerate(flat.ravel())] + [(".shape", flat.shape), *more]
     return [("", flat), *more] if more else None
 
+# %% ../../nbs/data/08a_audit.ipynb #88bca9a6
 def _inside_table(x) -> list:
     "Values, names, attrs and categories of a table, column, index or categorical."
     more = ([(".attrs", x.attrs)] if getattr(x, "attrs", None) else []) + _attributes(x, _MACHINERY)
@@ -737,6 +740,7 @@ def _without(a: ad.AnnData, keys: Sequence[str]) -> ad.AnnData:
         del getattr(b, place)[name]
     return b
 
+# %% ../../nbs/data/08a_audit.ipynb #c55a032b
 def _precomputed(a: ad.AnnData, places: Sequence[str]) -> list:
     "What somebody computed before and stored beside the data, as place/name; the columns of the schema are not counted."
     own = {"var": {c.name for c in VAR}, "uns": {"perturbnb"}}
@@ -801,6 +805,7 @@ def _feature_notes(run: Callable, a: ad.AnnData, base: pd.DataFrame, changed: Se
     out += ["with the rows in another order features agree up to rounding, not bit for bit"] * rounded
     return out + ["all features are constant"] * bool((base.nunique(dropna=False) <= 1).all())
 
+# %% ../../nbs/data/08a_audit.ipynb #347971eb
 def _feature_report(base: pd.DataFrame, rows: np.ndarray, kinds: list, split: "Split | None", notes: list) -> Audit:
     where = f"{len(rows)} treated rows" + (" outside train" if split is not None else "")
     claim = f"{base.shape[1]} features of {len(base)} rows stay equal, bit for bit, when the"
@@ -866,6 +871,7 @@ def audit_fit(
     notes += ["X and layers, var, and what fit itself already holds (closures, globals, files, memories) were taken as given"]
     return Audit("the fit", proved, seen, notes=tuple(notes))
 
+# %% ../../nbs/data/08a_audit.ipynb #9f47c418
 def _refuse_precomputed(fit, state, a, split, base, given: Sequence[str]) -> None:
     "Raise if a fit reads what somebody stored beside the data and nobody answers for."
     stored = _precomputed(a, ("obsm", "obsp", "var", "varm", "varp", "uns"))

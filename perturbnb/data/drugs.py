@@ -123,7 +123,8 @@ _SALT_WORDS = """hydrochloride dihydrochloride monohydrochloride trihydrochlorid
     formate maleate hemimaleate malate s-malate l-malate fumarate hemifumarate tartrate bitartrate l-tartrate citrate
     succinate hemisuccinate oxalate lactate gluconate benzoate pamoate napsylate sodium disodium trisodium potassium
     dipotassium calcium hemicalcium magnesium lithium zinc ammonium diammonium olamine erbumine meglumine tromethamine
-    choline lysine lysinate arginine arginate orotate silver hydrate monohydrate hemihydrate dihydrate trihydrate tetrahydrate pentahydrate hexahydrate
+    choline lysine lysinate arginine arginate orotate silver hydrate monohydrate hemihydrate
+    dihydrate trihydrate tetrahydrate pentahydrate hexahydrate
     octahydrate anhydrous solvate dmso dmso_tf ethanolate methanolate salt free base""".split()
 
 _SIGNS = str.maketrans({"\u2212": "-", "\u2018": "'", "\u2019": "'", "\u2032": "'"})  # minus, curly quotes, prime
@@ -183,7 +184,7 @@ def _ligands(mol) -> list:
         pieces = [Chem.RemoveHs(_tools()[2].uncharge(p)) for p in cut]
     return [p for p in pieces if _rank(p)[0] and _flat(p) not in _partners() and not p.HasSubstructMatch(Chem.MolFromSmarts(_METAL))]
 
-_METAL = "[!#0;!#1;!#2;!#5;!#6;!#7;!#8;!#9;!#10;!#14;!#15;!#16;!#17;!#18;!#33;!#34;!#35;!#36;!#52;!#53;!#54]"  # not H, B, C, N, O, Si, P, S, halogens …
+_METAL = "[!#0;!#1;!#2;!#5;!#6;!#7;!#8;!#9;!#10;!#14;!#15;!#16;!#17;!#18;!#33;!#34;!#35;!#36;!#52;!#53;!#54]"  # any other
 
 def _look_up(name: str, smiles) -> tuple:
     "Keys and scaffolds of a drug; an error names it."
@@ -236,7 +237,8 @@ def structure_groups(
     facts["name"] = facts["name"].map(str)
     looked = [_look_up(n, s) for n, s in zip(facts["name"], facts["smiles"])]
     facts = facts.assign(keys=pd.Series([k for k, _ in looked], facts.index, dtype=object),
-                         scaffolds=pd.Series([s for _, s in looked], facts.index, dtype=object), scaffold=[s[0] if s else None for _, s in looked])
+                         scaffolds=pd.Series([s for _, s in looked], facts.index, dtype=object),
+                         scaffold=[s[0] if s else None for _, s in looked])
     part = _joined(_marks(facts, by))
     label = {i: _group_name(members) for i, members in facts.groupby(facts["name"].map(part))}
     out = pd.DataFrame({"group": part.map(label)})

@@ -177,10 +177,11 @@ def _column(obs: pd.DataFrame, name: str, why: str = "this rule groups by it") -
 def _level(obs: pd.DataFrame, name: str) -> "tuple[pd.Series, tuple]":
     "A column as text in which MCF-7 and MCF7, or 1 and 1.0, are one value; and a note on such values."
     text = _column(obs, name)
-    spellings = pd.Series(sorted(text.unique())).groupby(lambda i: loose(sorted(text.unique())[i])).agg(list)
-    many = [" = ".join(names) for names in spellings if len(names) > 1]
+    names = sorted(text.unique())
+    together = pd.Series(names, dtype=object).groupby([loose(n) for n in names]).agg(list)
+    many = [" = ".join(same) for same in together if len(same) > 1]
     note = (f"{name}: taken as one value: {'; '.join(many[:5])}{' …' * (len(many) > 5)}",) if many else ()
-    return text.map({n: names[0] for names in spellings for n in names}), note
+    return text.map({n: same[0] for same in together for n in same}), note
 
 def _fraction(name: str, value: float, low: float = 0) -> float:
     "A fraction that can be held out."
@@ -270,7 +271,8 @@ def split(
     **params,  # options of the rule, see `rules()`
 ) -> Split:  # with its hash
     "Hold observations out by a named rule."
-    if not isinstance(name, str) or name not in SPLITS: raise InputError(f"split {name!r}", "a rule of perturbnb.data.split.SPLITS", nearest(name, SPLITS))
+    if not isinstance(name, str) or name not in SPLITS:
+        raise InputError(f"split {name!r}", "a rule of perturbnb.data.split.SPLITS", nearest(name, SPLITS))
     rule, known = SPLITS[name], {p.name: p.default for p in inspect.signature(SPLITS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY}
     for p in params:
         if p not in known: raise InputError(f"option {p!r} of the split {name}", "an option of this rule", nearest(p, known))
