@@ -41,7 +41,8 @@ def test_equal_runs_give_equal_bytes(cli, norman, tmp_path, name):
     found = result_of(tmp_path / "one")
     assert found["split"] and all(s["audit"] for s in found["split"]) and found["comparisons"]
     assert {"ceiling", "control"} <= {m["kind"] for m in found["metrics"]}
-    assert str(tmp_path) not in (tmp_path / "one/report.html").read_text()
+    page = (tmp_path / "one/report.html").read_text()
+    assert str(tmp_path) not in page and "PosixPath" not in page
 
 
 @real
@@ -55,6 +56,14 @@ def test_doubles_on_real_cells(cli, tmp_path):
     assert set(of.pert) <= {"KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"} and of["pearson_delta@1"].between(.70, .99).all()
     r = {m["split"]: m["value"] for m in found["metrics"] if m["model"] == "additive_genes" and m["id"] == "pearson_delta@1"}
     assert r["doubles, half control, shared"] > r["doubles, leak-free"]
+    n, held = found["facts"]["n_sum_predicts"], found["facts"]["n_held_out"]
+    assert n == 5 < held == n + found["facts"]["n_lack_a_single"]  # of all 15 pairs, 10 lack a single
+    first, second = (v["answer"] for v in found["verdict"])
+    assert first.startswith(f"No answer: the sum can predict 5 of {held} held-out pairs; {held - 5} lack a single.")
+    assert "from 5 pairs, no interval" in second
+    assert all(c["p"] is None for c in found["comparisons"] if c["ci95"] is None)
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"5 of {held}" in page.replace("\xa0", " ") and "Hollow: " in page and "no held-out pair could be predicted: bilinear" in page and "PosixPath" not in page
 
 
 @real
@@ -62,6 +71,7 @@ def test_calibration_on_real_cells(cli, tmp_path):
     done = cli("run", "calibration", "-p", f"cells={REAL}", *FAST["calibration"], "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     top = {m["model"]: m for m in result_of(tmp_path / "out")["metrics"] if m["kind"] == "ceiling" and m["id"] == "pearson_delta@1"}
+    assert all(m["ci95"] for m in result_of(tmp_path / "out")["metrics"])
     assert top["correlation of halves"]["ci95"][0] > 0 and .7 < top["perfect model"]["value"] < 1
 
 

@@ -150,7 +150,7 @@ def calibration_plot(
         error = np.nan_to_num(np.vstack([rows.drf - rows.drf_low, rows.drf_high - rows.drf])).clip(0)
         ax.errorbar(rows.drf, y, xerr=error, fmt=mark, color=colour, capsize=3, label=f"against {negative}")
     ax.axvline(0, color="grey", lw=1); ax.axvline(1, color="grey", lw=1, ls=":")
-    ax.set(yticks=range(len(names)), yticklabels=names,
+    ax.set(yticks=range(len(names)), yticklabels=[n.split("@")[0] for n in names],
             xlabel=f"dynamic-range fraction of the {positive}\n(0: as the negative control, 1: perfect)")
     ax.set_ylim(len(names) - .5, -.5); ax.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1))
     return ax
