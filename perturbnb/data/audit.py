@@ -34,6 +34,7 @@ class Audit:
     shared: tuple = ()  # shared on purpose
     open: tuple = ()  # shared, and not promised otherwise
     notes: tuple = ()  # what limits the proof
+    held: tuple = ()  # names of the rows in val and test, where a split was audited: what may be scored
 
     @property
     def lines(self) -> list:
@@ -336,7 +337,8 @@ def audit(
     empty, proved = None in proved, [p for p in proved if p]
     notes = [*split.notes, *["there is no single perturbation: nothing to prove about singles"] * empty, *_limits(obs, promised, used)]
     return Audit(f"the split {split.name}, seed {split.seed}", tuple([_whole(split, obs), *proved]),
-                 tuple(_shared_on_purpose(obs, part, used)), tuple(_not_promised(obs, part, used)), tuple(dict.fromkeys(notes)))
+                 tuple(_shared_on_purpose(obs, part, used)), tuple(_not_promised(obs, part, used)), tuple(dict.fromkeys(notes)),
+                 tuple(obs.index[part.isin(("val", "test"))]))
 
 # %% ../../nbs/data/08a_audit.ipynb #b3ab3ef9
 def _whole(split: Split, obs: pd.DataFrame) -> str:
