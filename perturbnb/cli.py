@@ -95,12 +95,11 @@ def check_path(
     path, holds = Path(path), lambda *names: any((path / n).exists() for n in names)
     if not path.exists():
         raise MissingFile(f"no file or folder {path}", "a report, model, signature table, split, release or count table", "check the path")
+    if path.name == "results.json": return _check_report(path.parent)
     if holds("results.json"): return _check_report(path)
     if holds("config.json", "weights.safetensors"): return _check_model(path)
     if holds("metadata"): return _check_release(path)
-    if path.suffix == ".h5ad":
-        from perturbnb.data.schema import read
-        return "{}: a signature table of {} signatures x {} genes".format(path, *read(path).shape)
+    if path.suffix == ".h5ad": return _check_h5ad(path)
     if path.suffix == ".parquet" and _is_split(path): return _check_split(path)
     if path.suffix in (".csv", ".parquet"):
         from perturbnb.data.tahoe import check_controls, read_pair_counts
@@ -108,6 +107,26 @@ def check_path(
         return f"{path}: a table of {len(pairs):,} pairs; every line has control cells"
     raise InputError(f"{path} is none of the kinds that can be checked", "a report, a model, a .h5ad signature table, a split, a release or a count table",
                      "check the path")
+
+# %% ../nbs/cli.ipynb #68e8d4b0
+def _check_h5ad(path: Path) -> str:
+    from perturbnb.data.schema import SchemaError, read
+    try: return "{}: a signature table of {} signatures x {} genes".format(path, *read(path).shape)
+    except SchemaError as e:
+        if (cells := _screen_of(path)) is None: raise
+        n, control = cells.obs.pert[~cells.obs.is_control].nunique(), int(cells.obs.is_control.sum())
+        reports = "run calibration or run doubles" if cells.obs.n_genes.max() > 1 else "run calibration"
+        return f"{path}: cells of a Perturb-seq screen, {n:,} perturbations, {control:,} control cells; not a signature table; use {reports}"
+
+def _screen_of(path: Path) -> "AnnData | None":
+    "The cells, if the file can be read as a screen with control cells and does not look like a signature table."
+    from perturbnb.data.perturbseq import _open, read_perturbseq
+    obs = _open(path).obs
+    if {"pert", "pert_type"} <= set(obs): return None
+    line = {"cell_line": str(obs.cell_line.iloc[0])} if "cell_line" in obs and len(obs) else {}
+    try: cells = read_perturbseq(path, **line)
+    except InputError: return None
+    return cells if cells.obs.is_control.any() else None
 
 # %% ../nbs/cli.ipynb #d0166667
 def _check_model(path: Path) -> str:
@@ -148,7 +167,7 @@ def _check_release(path: Path) -> str:
     return f"{path}: a Tahoe release with {len(tahoe.shards(path))} shard(s), {cells['n_cells'].sum():,} cells and its four tables, every cell checked"
 
 @app.command(epilog="Example: perturbnb check reports/demo/imbalance")
-def check(path: Annotated[Path, typer.Argument(help="A report or model folder, a .h5ad signature table, a split, a release folder, or a table of pair counts.")]):
+def check(path: Annotated[Path, typer.Argument(help="A report or model folder, a .h5ad signature table or screen, a split, a release folder, or a table of pair counts.")]):
     "Is it valid, and if not, what is wrong?"
     print(check_path(path))
 
@@ -164,13 +183,13 @@ def run_(
     jobs: Annotated[int, typer.Option(help="Reports at the same time, with --seeds.")] = 1,
 ):
     "Execute an analysis as a report; an earlier report stays as it is unless this one succeeds."
-    from perturbnb.report.run import run, run_seeds, seed_range
+    from perturbnb.report.run import run, run_seeds, seed_range, simulated
     from perturbnb.report.template import read_given
     given, bar = read_given(parameter, file), sys.stderr.isatty()
     if jobs != 1 and seeds is None: raise InputError(f"--jobs {jobs} without --seeds", "--seeds 0:5 with it", "leave --jobs out, or name the seeds")
-    if seeds is None: print(run(analysis, given, out, kernel, progress=bar) / "report.html")
-    else:
-        for folder in run_seeds(analysis, seed_range(seeds), given, out, kernel, jobs, progress=bar): print(folder / "report.html")
+    done = [run(analysis, given, out, kernel, progress=bar)] if seeds is None else run_seeds(analysis, seed_range(seeds), given, out, kernel, jobs, progress=bar)
+    for folder in done: print(folder / "report.html")
+    if any(map(simulated, done)): print(f"SIMULATED DATA: {analysis} was given no input, so nothing in this report is biology (its inputs: perturbnb list {analysis})", file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #d94b404b
 @app.command(epilog="Example: perturbnb demo")

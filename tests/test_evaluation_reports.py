@@ -113,3 +113,37 @@ def test_bad_parameters_get_one_line(fails, norman, tmp_path):
     fails("run", "calibration", "-p", "n_splits=2", "--out", tmp_path / "out", words=["n_splits"])
     fails("run", "calibration", "-p", f"cells={norman / 'norman.h5ad'}", "-p", "min_cells=100000", "--out", tmp_path / "out", words=["100000"])
     assert not (tmp_path / "out").exists()
+
+
+def test_simulated_data_never_replace_real_ones(cli, fails, norman, tmp_path):
+    run = lambda out, *given: ("run", "calibration", *given, *FAST["calibration"], "--out", tmp_path / out)
+    real_run = cli(*run("mine", "-p", f"cells={norman / 'norman.h5ad'}"))  # a file that was given counts as real
+    assert real_run.returncode == 0 and "SIMULATED" not in real_run.stderr
+    before = tree(tmp_path / "mine")
+    fails(*run("mine"), words=["SIMULATED DATA", "a report on real data", "another --out"])
+    assert tree(tmp_path / "mine") == before
+    done = cli(*run("demo"))
+    assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "demo/report.html")]
+    assert [line for line in done.stderr.splitlines() if line.startswith("SIMULATED DATA: calibration")]
+    assert cli(*run("demo")).returncode == 0  # simulated over simulated
+    said = cli("check", tmp_path / "mine/results.json")
+    assert said.returncode == 0 and said.stdout == cli("check", tmp_path / "mine").stdout
+
+
+def test_check_names_a_screen(cli, fails, norman, tmp_path):
+    said = cli("check", norman / "norman.h5ad")
+    assert said.returncode == 0 and "cells of a Perturb-seq screen" in said.stdout and said.stdout.rstrip().endswith("not a signature table; use run calibration or run doubles")
+    bad = cells_with(norman, tmp_path / "bad.h5ad", BAD["no label column"][0])
+    fails("check", bad, words=["problem"])
+
+
+@real
+def test_check_names_the_real_screen(cli):
+    assert "33 perturbations, 100 control cells; not a signature table" in cli("check", REAL).stdout
+
+
+def test_compare_keeps_analyses_apart(cli, norman, tmp_path):
+    for name in FAST: assert cli("run", name, "-p", f"cells={norman / 'norman.h5ad'}", *FAST[name], "--out", tmp_path / name).returncode == 0
+    said = cli("compare", tmp_path / "doubles", tmp_path / "calibration").stdout
+    assert said.startswith("Runs of 2 different analyses (doubles, calibration): nothing is comparable") and "Difference to group" not in said
+    assert "none" not in said.partition("\ncalibration\n")[2]  # every mean has an interval

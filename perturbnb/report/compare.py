@@ -85,12 +85,8 @@ def _lettered(table: "pd.DataFrame") -> tuple:
 
 def _interval(low: float, high: float) -> str: return f"[{low:.4g}, {high:.4g}]" if low == low else "none"
 
-def compare(
-    paths: "Sequence[str | Path]",  # report folders
-    everything: bool = False,  # also metrics whose value is the same in all runs
-) -> str:  # text tables
-    "The metrics of the runs with their intervals, and the paired differences between groups."
-    if not (runs := find_runs(paths)): raise InputError("no run", "report folders", "name at least one")
+def _compare_one(runs: dict, everything: bool) -> str:
+    "The tables of runs of one analysis."
     table, legend = _lettered(metric_table(runs))
     if table.empty: raise InputError("these runs hold no metric", "results with metrics", "name other runs")
     same = table.groupby(KEYS)["value"].transform(lambda v: len(v) == len(runs) > 1 and v.astype(float).round(12).nunique(dropna=False) == 1)
@@ -106,3 +102,15 @@ def compare(
     head = "\n\nDifference to group A, paired by seed (mean, 95 % t interval over seeds; none with fewer than two common seeds or where the seed changes nothing):\n"
     columns = [*(k for k in KEYS if k not in drop), "group", "against", "difference", "95 % interval", "n_seeds"]
     return text + head + diff[columns].to_string(index=False, float_format="{:.4g}".format)
+
+def compare(
+    paths: "Sequence[str | Path]",  # report folders
+    everything: bool = False,  # also metrics whose value is the same in all runs
+) -> str:  # text tables
+    "The metrics of the runs with their intervals, and the paired differences between groups; each analysis by itself."
+    if not (runs := find_runs(paths)): raise InputError("no run", "report folders", "name at least one")
+    of = {k: {p: r for p, r in runs.items() if r["analysis"] == k} for k in dict.fromkeys(r["analysis"] for r in runs.values())}
+    if len(of) == 1: return _compare_one(runs, everything)
+    head = f"Runs of {len(of)} different analyses ({', '.join(of)}): nothing is comparable between them, so each analysis stands by itself."
+    tables = [f"{k}\n" + (_compare_one(part, everything) if any(r["metrics"] for r in part.values()) else "no metric") for k, part in of.items()]
+    return "\n\n".join([head, *tables])

@@ -16,13 +16,26 @@ from .run import run
 from .template import templates
 
 # %% ../../nbs/report/06_demo.ipynb #4ab44f67
+def _short(answer: str, most: int = 220) -> str:
+    "The beginning of a long answer, cut where a clause ends."
+    if len(answer) <= most: return answer
+    clause, word = max(answer.rfind("; ", 0, most), answer.rfind(". ", 0, most)), answer.rfind(" ", 0, most)
+    return answer[:clause if clause > 0 else word if word > 0 else most].rstrip(";., ") + " …"
+
+def _answers(verdicts: list) -> str:
+    "The first answer in short, and all that is not shown by it folded."
+    say = lambda v, text: f"<dt>{escape(v['question'])}</dt><dd>{escape(text)}</dd>"
+    first, more = verdicts[0], verdicts[1:]
+    hidden = more if _short(first["answer"]) == first["answer"] else verdicts
+    folded = f"<details><summary>{'1 more answer' if len(more) == 1 else f'{len(more)} more answers' if more else 'the whole answer'}</summary><dl>{''.join(say(v, v['answer']) for v in hidden)}</dl></details>"
+    return f"<dl>{say(first, _short(first['answer']))}</dl>" + (folded if hidden else "")
+
 def _card(name: str, question: str, result: dict) -> str:
-    answers = "".join(f"<dt>{escape(v['question'])}</dt><dd>{escape(v['answer'])}</dd>" for v in result["verdict"])
     numbers = [(k, v) for k, v in sorted(result["facts"].items()) if k.startswith("n_") and isinstance(v, (int, float))][:6]
     facts = " · ".join(f"{escape(k.removeprefix('n_').replace('_', ' '))} {v:,}" for k, v in numbers)
     source = ", ".join(dict.fromkeys(escape(d["path"]) for d in result["data"]))
     return (f'<section><h2><a href="{escape(name)}/report.html">{escape(name)}</a></h2><blockquote>{escape(question)}</blockquote>'
-            f"<dl>{answers}</dl><p><small>{facts}<br>data: {source}</small></p></section>")
+            f"{_answers(result['verdict'])}<p><small>{facts}<br>data: {source}</small></p></section>")
 
 def write_index(
     folder: "str | Path",  # holds one report folder for each analysis
