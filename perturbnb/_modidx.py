@@ -1608,6 +1608,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'perturbnb/report/calibration_words.py'),
                                                     'perturbnb.report.calibration_words.decimals': ( 'report/calibration_words.html#decimals',
                                                                                                      'perturbnb/report/calibration_words.py'),
+                                                    'perturbnb.report.calibration_words.gene_groups': ( 'report/calibration_words.html#gene_groups',
+                                                                                                        'perturbnb/report/calibration_words.py'),
                                                     'perturbnb.report.calibration_words.left_out_note': ( 'report/calibration_words.html#left_out_note',
                                                                                                           'perturbnb/report/calibration_words.py'),
                                                     'perturbnb.report.calibration_words.meanings': ( 'report/calibration_words.html#meanings',
