@@ -87,6 +87,7 @@ def _codes(
     if isinstance(groups, str): raise InputError(f"groups={groups!r}", "a label for each row", "pass the column itself")
     labels = list(groups) if not isinstance(groups, (pd.DataFrame, pd.Series, np.ndarray)) else groups
     if isinstance(labels, list) and any(isinstance(x, (tuple, list)) for x in labels): raise InputError("labels that are tuples", "one label, or a table with two columns", "two crossed groupings are two columns")
+    one_list = bool(getattr(groups, "attrs", {}).get("one_list"))
     table = groups if isinstance(groups, pd.DataFrame) else pd.DataFrame(labels) if np.ndim(labels) == 2 else pd.DataFrame({"group": labels})
     if not 1 <= table.shape[1] <= 2: raise InputError(f"{table.shape[1]} groupings", "one or two",
             "nested groupings: give the outer one alone")
@@ -100,7 +101,7 @@ def _codes(
     if table.isna().any(axis=None): raise InputError(f"{int(table.isna().any(axis=1).sum())} rows without a group",
             "a group for each row", "fill it in, or drop these rows for all models alike")
     names = [{x for x in table[c].unique() if isinstance(x, str)} for c in table]  # numbers are codes of each column's own
-    if len(names) == 2 and names[0] & names[1]:  # one list, two members a row
+    if len(names) == 2 and (one_list or names[0] & names[1]):  # two members a row
         return Members(np.split(pd.factorize(pd.concat([table[c].astype(object) for c in table]))[0], 2))
     return [pd.factorize(table[c])[0] for c in table]
 

@@ -119,7 +119,9 @@ def partners(
     pairs: "Sequence[str]",  # A+B
 ) -> pd.DataFrame:  # columns first and second, indexed by pair
     "The two genes of each pair."
-    return pd.DataFrame([p.split("+")[:2] for p in pairs], pd.Index(pairs), ["first", "second"])
+    table = pd.DataFrame([p.split("+")[:2] for p in pairs], pd.Index(pairs), ["first", "second"])
+    table.attrs["one_list"] = True  # both are genes
+    return table
 
 def protocol_means(
     rows: pd.DataFrame,  # from run_protocol

@@ -31,7 +31,9 @@ def gene_groups(
     names: "Sequence[str]",  # perturbations, A or A+B
 ) -> pd.DataFrame:  # columns first and second, indexed by name
     "The genes of each perturbation; both columns the same for a single gene."
-    return pd.DataFrame([(n.split("+")[0], n.split("+")[-1]) for n in names], pd.Index(names), ["first", "second"])
+    table = pd.DataFrame([(n.split("+")[0], n.split("+")[-1]) for n in names], pd.Index(names), ["first", "second"])
+    table.attrs["one_list"] = True
+    return table
 
 # %% ../../nbs/report/10_calibration_words.ipynb #2b6ea3fb
 POSITIVE = "technical duplicate"
