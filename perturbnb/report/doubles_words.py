@@ -42,7 +42,7 @@ def _all(facts: dict) -> bool: return facts["n_sum_predicts"] == facts["n_held_o
 
 def _tried_on(facts: dict) -> str:
     "On which pairs models were compared with the sum."
-    return f"{facts['n_held_out']} held-out pairs" if _all(facts) else f"the {facts['n_sum_predicts']} of {facts['n_held_out']} held-out pairs that the sum can predict"
+    return f"{facts['n_held_out']} held-out pairs" if _all(facts) else f"the {facts['n_sum_predicts']} of {facts['n_held_out']} held-out pairs that the sum can predict, as {facts['n_lack_a_single']} lack a single"
 
 def _no_answer(d: pd.DataFrame, facts: dict) -> str:
     "Why there is no interval of any difference."
@@ -60,7 +60,7 @@ def answer(
     d = d[(d.id == "l2@1") & (d.protocol == "as published")]
     if d.low.isna().all(): return f"No answer: {_no_answer(d, facts)}."
     won, tried = d[d.high < 0].sort_values("difference"), f"of {len(d)} models tried on {_tried_on(facts)}"
-    if won.empty: return f"No baseline predicts pairs better than adding up the two single effects ({tried}, none has an interval of the difference in L2 below 0)."
+    if won.empty: return f"No baseline is shown to predict pairs better than adding up the two single effects ({tried}, none has an interval of the difference in L2 below 0)."
     best = won.iloc[0]
     return (f"Yes: {_said(best.model)} is closer than the sum of the two single effects by {plot.interval(-best.difference, -best.high, -best.low, '.2f')} in L2 "
             f"(n = {best.n} pairs; {len(won)} {tried} {'has' if len(won) == 1 else 'have'} an interval below 0).")
