@@ -264,6 +264,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'perturbnb/data/drug_features.py'),
                                               'perturbnb.data.drug_features._warn': ( 'data/drug_features.html#_warn',
                                                                                       'perturbnb/data/drug_features.py'),
+                                              'perturbnb.data.drug_features.collisions': ( 'data/drug_features.html#collisions',
+                                                                                           'perturbnb/data/drug_features.py'),
                                               'perturbnb.data.drug_features.drug_features': ( 'data/drug_features.html#drug_features',
                                                                                               'perturbnb/data/drug_features.py'),
                                               'perturbnb.data.drug_features.raw_descriptors': ( 'data/drug_features.html#raw_descriptors',

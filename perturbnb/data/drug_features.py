@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'KINDS', 'DrugFeatures', 'drug_features', 'raw_descriptors', 'row_names', 'read_vectors', 'use_weights',
-           'targets']
+           'targets', 'collisions']
 
 # %% ../../nbs/data/07a_drug_features.ipynb #64a2c337
 import inspect, json, warnings
@@ -397,11 +397,12 @@ def use_weights(
 def _encode_with(tokenizer, model, pooling: str) -> "Callable":
     "A function from SMILES to vectors."
     import torch
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 514) - 2)
     @torch.no_grad()
     def encode(smiles):
         out = []
         for s in smiles:  # one by one: no padding, so a vector does not depend on its neighbours
-            tokens = tokenizer(parent(s), return_tensors="pt", truncation=True)
+            tokens = tokenizer(parent(s), return_tensors="pt", truncation=True, max_length=longest)
             last = model(**tokens).last_hidden_state[0]
             out.append((last.mean(0) if pooling == "mean" else last[0]).float().numpy())
         return np.array(out, np.float32).reshape(len(out), model.config.hidden_size)
@@ -432,3 +433,14 @@ def targets(
     if (twice := at.index.duplicated() & at.index.isin(t.target)).any(): raise InputError(f"target {at.index[twice][0]!r} is the symbol of several genes", "one gene for each symbol", "keep one of them")
     t = t.assign(gene_id=t.target.map(at[~at.index.duplicated()]).astype(object))
     return t.dropna(ignore_index=True) if measured else t.assign(gene_id=t.gene_id.where(t.gene_id.notna(), None))
+
+# %% ../../nbs/data/07a_drug_features.ipynb #bfb10550
+def collisions(
+    f: DrugFeatures,
+) -> pd.DataFrame:  # drug, other: known drugs of different structure groups with equal features; sorted
+    "Different drugs that a model cannot tell apart."
+    at = np.flatnonzero(f.known)
+    code = np.unique(f.x[at], axis=0, return_inverse=True)[1].ravel() if len(at) else at
+    same = pd.DataFrame({"i": at, "code": code}).merge(pd.DataFrame({"j": at, "code": code}), on="code")
+    same = same[(same.i < same.j) & (np.array(f.group)[same.i] != np.array(f.group)[same.j])]
+    return pd.DataFrame({"drug": [f.names[i] for i in same.i], "other": [f.names[j] for j in same.j]}).sort_values(["drug", "other"], ignore_index=True)
