@@ -51,7 +51,7 @@ def _pair_keys(table: pd.DataFrame) -> pd.Series:
     if None in names:
         raise InputError(f"a table with columns {', '.join(map(str, table.columns[:8]))}",
                          "pert (or drug) and cell_line (or cell_line_id)", "name the columns so")
-    a, b = (table[c].astype(str).map({v: plain(v) for v in table[c].astype(str).unique()}) for c in names)
+    a, b = (table[c].astype(str).map({v: plain(v) for v in table[c].astype(str).unique()}).astype(str) for c in names)
     return a + "\t" + b
 
 # %% ../../nbs/data/01b_effects.ipynb #8bcd0a87
@@ -63,6 +63,7 @@ def why_dropped(
     pairs: "pd.DataFrame | None" = None,  # the pairs to keep: drug (or pert) and cell_line_id (or cell_line)
 ) -> pd.Series:  # for each row "" or the reason
     "Which rows a filter drops, and why."
+    if "n_cells" not in obs: raise InputError("no column 'n_cells'", "the cells of each row", "count them")
     keys, n = _pair_keys(obs), obs["n_cells"]
     treated = obs["pert_type"].astype(str).ne("control") if "pert_type" in obs else pd.Series(True, obs.index)
     why = pd.Series("", obs.index)
@@ -76,38 +77,38 @@ def why_dropped(
     return why
 
 # %% ../../nbs/data/01b_effects.ipynb #81273954
-def _pooled(table: ad.AnnData, rows: np.ndarray, keys: list, layer: "str | None", n: str) -> "tuple[np.ndarray, np.ndarray]":
-    "Mean of the control rows that share the keys with each row, weighted by cells; NaN and 0 cells where there are none."
-    codes = table.obs.groupby(keys, dropna=False, observed=True).ngroup().to_numpy()
+def _pooled(table: ad.AnnData, codes: np.ndarray, controls: np.ndarray, want: np.ndarray, layer: "str | None", n: str) -> tuple:
+    "Mean of the controls that share the code of each wanted row, weighted by cells, and their cells; NaN and 0 where there are none."
     cells = table.obs[n].to_numpy(float)
-    rows = rows[cells[rows] > 0]
-    x = (table.X if layer is None else table.layers[layer])[rows]
-    at, total = group_sums(cells[rows][:, None], codes[rows])
-    mean = group_sums(x, codes[rows], cells[rows])[1] / total
-    place = np.minimum(np.searchsorted(at, codes), max(len(at) - 1, 0))
-    found = at[place] == codes if len(at) else np.zeros(len(codes), bool)
-    if not len(at): return np.full(table.shape, np.nan), np.zeros(len(codes), int)
+    controls = controls[cells[controls] > 0]
+    if not len(controls): return np.full((len(want), table.n_vars), np.nan), np.zeros(len(want), int)
+    x = (table.X if layer is None else table.layers[layer])[controls]
+    at, total = group_sums(cells[controls][:, None], codes[controls])
+    mean = group_sums(x, codes[controls], cells[controls])[1] / total
+    place = np.minimum(np.searchsorted(at, codes[want]), len(at) - 1)
+    found = at[place] == codes[want]
     return np.where(found[:, None], mean[place], np.nan), np.where(found, total[place, 0], 0).astype(int)
 
 # %% ../../nbs/data/01b_effects.ipynb #a4a2d76b
-def _add_controls(e: ad.AnnData, table: ad.AnnData, rows: np.ndarray, halves: bool) -> None:
+def _add_controls(e: ad.AnnData, table: ad.AnnData, controls: np.ndarray, halves: bool) -> None:
     "Add se_control, control_group and, where asked, the halves."
-    at = table.obs_names.get_indexer(e.obs_names)
-    e.layers["se_control"], group = np.full(e.shape, np.nan), pd.Series("", e.obs_names)
-    for layer, n in HALVES.items() if halves else ():
-        e.layers[layer], e.obs[f"n_control_{n[-1]}"] = np.full(e.shape, np.nan), 0
+    at, extra = table.obs_names.get_indexer(e.obs_names), HALVES if halves else {}
+    new = {k: np.full(e.shape, np.nan) for k in ("se_control", *extra)}
+    cells, group = {f"n_control_{n[-1]}": np.zeros(e.n_obs, int) for n in extra.values()}, pd.Series("", e.obs_names)
     for rung, keys in LADDER.items():
-        here = (e.obs.control == rung).to_numpy()
-        if not here.any(): continue
-        mean, total = _pooled(table, rows, keys, None, "n_cells")
-        square, _ = _pooled(table, rows, keys, "mean_sq", "n_cells")
-        e.layers["se_control"][here] = standard_error(mean, square, total)[at[here]]
-        group[here] = e.obs.loc[here, keys].astype(str).agg("|".join, axis=1)
-        for layer, n in HALVES.items() if halves else ():
-            mean, total = _pooled(table, rows, keys, layer, n)
-            e.layers[layer][here] = (table.layers[layer] - mean)[at[here]]
-            e.obs.loc[here, f"n_control_{n[-1]}"] = total[at[here]]
-    e.obs["control_group"] = group
+        here = np.flatnonzero(e.obs.control == rung)
+        if not len(here): continue
+        codes = table.obs.groupby(keys, dropna=False, observed=True).ngroup().to_numpy()
+        pooled = lambda layer, n: _pooled(table, codes, controls, at[here], layer, n)
+        (mean, total), (square, _) = pooled(None, "n_cells"), pooled("mean_sq", "n_cells")
+        new["se_control"][here] = standard_error(mean, square, total)
+        first, *rest = (e.obs[k].astype(str).iloc[here] for k in keys)
+        group.iloc[here] = first.str.cat(rest, sep="|")
+        for layer, n in extra.items():
+            mean, cells[f"n_control_{n[-1]}"][here] = pooled(layer, n)
+            new[layer][here] = table.layers[layer][at[here]] - mean
+    for k, v in new.items(): e.layers[k] = v
+    e.obs = e.obs.assign(**cells, control_group=group)
 
 # %% ../../nbs/data/01b_effects.ipynb #6055b490
 def effects(
@@ -122,7 +123,8 @@ def effects(
     halves: bool = True,  # effects of the two halves, where the bulk table has them
 ) -> ad.AnnData:  # signature table; layers se, se_control (half_a, half_b); obs control, control_group, n_control_cells
     "Effects of the kept rows against their matched controls."
-    check(bulk, "bulk table")
+    if not isinstance(bulk, ad.AnnData) or "pert_type" not in bulk.obs:
+        raise InputError(f"a {type(bulk).__name__} without obs.pert_type", "a bulk table", "make it with data.schema.pseudobulk")
     why = why_dropped(bulk.obs, min_cells=min_cells, min_pair_cells=min_pair_cells, pairs=pairs)
     treated = bulk.obs.pert_type.astype(str).ne("control")
     if treated.any() and not (why.eq("") & treated).any():
