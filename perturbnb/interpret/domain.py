@@ -44,7 +44,7 @@ def nearest_structures(
 @dataclass(frozen=True)
 class Domain:
     "What a model was trained on, as far as a question can be compared with it."
-    drugs: pd.DataFrame  # index: drug, sorted; smiles (parent or None), group, loo (largest similarity to another group)
+    drugs: pd.DataFrame  # index: drug, sorted; smiles (parent or None), group, loo (largest similarity to another group), moa where known
     lines: tuple  # training lines, sorted
     doses: dict  # drug -> trained doses in micromolar, ascending
     errors: "pd.DataFrame | None" = None  # from `left_out_errors`
@@ -87,7 +87,9 @@ def training_domain(
     dose = pd.to_numeric(obs.dose_um, errors="coerce") if "dose_um" in obs else pd.Series(np.nan, obs.index)
     doses = {p: sorted(set(d[d > 0].round(9))) for p, d in dose.groupby(obs.pert.astype(str))}
     lines = tuple(sorted(obs.cell_line.astype(str).unique()))
-    return Domain(pd.DataFrame({"smiles": first, "group": groups, "loo": loo}).rename_axis("drug"), lines, doses, errors,
+    about = pd.DataFrame({"smiles": first, "group": groups, "loo": loo}).rename_axis("drug")
+    if "moa" in obs: about["moa"] = obs.moa.astype(object).groupby(obs.pert.astype(str)).first().reindex(about.index)
+    return Domain(about, lines, doses, errors,
                   None if controls is None else control_states(controls, lines), baseline)
 
 # %% ../../nbs/interpret/10_domain.ipynb #0880e2d8

@@ -145,8 +145,12 @@ def known_lines(
     if (own := getattr(model, "control_lines", None)) is not None: return sorted(map(str, own))
     if (domain := domain_of(model)) is not None: return list(domain.lines)
     if isinstance(model.names.get("lines"), list): return list(model.names["lines"])
-    factors = model.options.get("factors") or []
-    return [str(v) for v in model.names["levels"][list(factors).index("cell_line")]] if "cell_line" in factors and "levels" in model.names else None
+    factors, by = list(model.options.get("factors") or []), list(model.options.get("by") or [])
+    if "cell_line" in factors and "levels" in model.names: return [str(v) for v in model.names["levels"][factors.index("cell_line")]]
+    if "cell_line" not in by: return None
+    i = by.index("cell_line")
+    groups = model.names.get(f"by{i + 1}", model.names.get("by"))
+    return None if groups is None else sorted({str(g[i]) for g in groups})
 
 def _table(controls) -> "ad.AnnData | None":
     "Control rows from an AnnData or a file."
@@ -184,6 +188,7 @@ def ask(
     if line is None: raise InputError("no cell line", "the name of a line", "pass cell_line")
     name, base, notes = _drug(drug, smiles, domain_of(models[0]))
     state, models = _state(models, line, _table(controls))
+    if controls is None and known_lines(models[0]) is None: notes.append(f"{models[0].name} keeps no list of lines: whether it makes a difference between them is told by its own notes")
     if controls is not None and not hasattr(models[0], "with_controls"): notes.append(f"{models[0].name} does not read control states: they are used to measure how far the line is, not to predict")
     return Question(name, base, line, dose, state, tuple(notes)), models
 
@@ -380,6 +385,7 @@ class Searched:
     what: str  # in words
     groups: np.ndarray  # structure group of each row
     warnings: tuple = ()
+    measured: bool = False  # True: a library
 
 def _group_of(table: pd.DataFrame) -> np.ndarray:
     "Structure group of each row."
@@ -400,37 +406,37 @@ def _of_library(source, cell_line) -> Searched:
     obs = a.obs.assign(pert=a.obs.pert.astype(str), dose_um=pd.to_numeric(a.obs.dose_um, errors="coerce").fillna(0.0).round(9))
     x = np.asarray(a.X.toarray() if hasattr(a.X, "toarray") else a.X, float)
     what = f"{len(a):,} measured signatures of {obs.pert.nunique():,} perturbations in " + (cell_line or f"{len(lines)} line(s)")
-    return Searched(x, obs, a.var, what, _group_of(obs))
+    return Searched(x, obs, a.var, what, _group_of(obs), measured=True)
 
 # %% ../../nbs/interpret/11_use.ipynb #eadf555b
 def _own_candidates(m: Model) -> pd.DataFrame:
     "The training drugs of a model at their trained doses."
     d = domain_of(m)
     if d is None: raise InputError(f"{m.name} keeps no list of drugs", "candidates, or a model with a training domain", "pass candidates= (a table with pert, smiles and dose_um), or use interpret.domain.attach before saving")
-    rows = [{"pert": p, "dose_um": x, "smiles": d.drugs.smiles[p]} for p, doses in d.doses.items() for x in doses]
+    rows = [{"pert": p, "dose_um": x} for p, doses in d.doses.items() for x in doses]
     if not rows: raise InputError(f"{m.name} was trained without doses", "candidates with doses", "pass candidates=")
-    return pd.DataFrame(rows).astype({"smiles": object})
+    return pd.DataFrame(rows).join(d.drugs[[c for c in ("smiles", "moa") if c in d.drugs]].astype(object), on="pert")
 
-def _of_models(models: list, cell_line, given, controls) -> Searched:
+def _of_models(models: list, cell_line, given, controls, progress: bool) -> Searched:
     "Predicted effects of the candidates."
     m, known = models[0], known_lines(models[0])
     if cell_line is not None: _, models = _state(models, cell_line, _table(controls))
     elif not known: raise InputError(f"no cell line, and {m.name} keeps no list of lines", "the line to predict in", "pass cell_line")
     table = candidates(_own_candidates(m) if given is None else given, lines=cell_line or (list(domain_of(m).lines) if domain_of(m) else known))
-    y = [candidate_effects(one, table) for one in models]
+    y = [candidate_effects(one, table, progress=progress) for one in models]
     bad = ~np.isfinite(y[0]).all(1)
     if bad.all(): raise InputError(f"{m.name} predicts none of the {len(table)} candidates", "finite effects", "another baseline, or a model that knows these drugs")
     told = m.fallbacks() if len(table) <= 4096 else pd.Series(dtype=int)
     warn = [f"{m.name}: {note} ({n} of {len(table)} candidates)" for note, n in told.items()] + ([f"{int(bad.sum())} candidates without a prediction are left out"] if bad.any() else [])
     if (d := domain_of(m)) is not None and cell_line is not None: warn += [t for t, o in measures(d, cell_line=cell_line)[["text", "outside"]].to_numpy() if o]
     what = f"{len(table):,} effects predicted by {m.name} ({len(models)} member(s)): {table.pert.nunique():,} drugs in " + (cell_line or f"{table.cell_line.nunique()} training line(s)")
-    return Searched(np.mean(y, axis=0)[~bad].astype(float), table[~bad], m.var, what, _group_of(table)[~bad], tuple(warn))
+    return Searched(np.mean(y, axis=0)[~bad], table[~bad], m.var, what, _group_of(table)[~bad], tuple(warn))
 
-def _searched(source, cell_line, given, controls) -> Searched:
+def _searched(source, cell_line, given, controls, progress: bool = False) -> Searched:
     "A model or a library, made ready."
     cell_line = _text("cell_line", cell_line, "'CVCL_0023'")
     file = isinstance(source, (str, Path)) and Path(source).is_file()
-    if not (isinstance(source, ad.AnnData) or file): return _of_models(as_models(source), cell_line, given, controls)
+    if not (isinstance(source, ad.AnnData) or file): return _of_models(as_models(source), cell_line, given, controls, progress)
     if given is not None: raise InputError("candidates with a library", "a library alone: its rows are the candidates", "leave candidates out, or rank with a model")
     return _of_library(source, cell_line)
 
@@ -515,7 +521,7 @@ def _doubts(sig: Signature, table: pd.DataFrame, null: dict, sign: int) -> list:
     if len(sig.values) < 0.1 * sig.n_measured and sig.kind != "up/down lists": out.append(f"{len(sig.values)} of {sig.n_measured} genes: a short signature")
     if best <= 0: out.append("the best score is not above 0: nothing here " + ("reverses" if sign < 0 else "resembles") + " the signature")
     elif table.p_any.iloc[0] > 0.05: out.append(f"the best score is what a random signature reaches too (p_any {table.p_any.iloc[0]:.2g})")
-    if null["others_best"] and best <= null["others_best"][1]: out.append(f"the best score ({best:.3f}) is within what effects of unrelated drugs reach among each other (95 %: {null['others_best'][1]:.3f})")
+    if null["others_best"] and null["measured"] and best <= null["others_best"][1]: out.append(f"the best score ({best:.3f}) is within what effects of unrelated drugs reach among each other (95 %: {null['others_best'][1]:.3f})")
     return out
 
 def _checked_rank(by, similarity, lists: bool, top, n_random, reverse) -> str:
@@ -543,19 +549,20 @@ def rank_drugs(
     n_random: int = 200,  # random signatures, at least 19
     seed: int = 0,  # of the random signatures
     min_genes: "int | None" = None,  # see `as_signature`
+    progress: bool = False,  # a bar while effects are predicted
     **options,  # for reading the file: value, gene, table, ignore_case
 ) -> RankTable:
     "Drugs whose effect resembles a signature, or reverses it."
-    s = _searched(source, cell_line, candidates, controls)
+    s = _searched(source, cell_line, candidates, controls, progress)
     sig = as_signature(signature, s.var, min_genes=min_genes, **options)
     similarity, sign = _checked_rank(by, similarity, sig.kind == "up/down lists", top, n_random, reverse), -1 if reverse else 1
     if sig.kind != "up/down lists" and similarity not in CORRELATIONS and len(sig.values) < s.effects.shape[1]:
-        s = Searched(s.effects[:, s.var.index.get_indexer(sig.values.index)], s.table, s.var.loc[sig.values.index], s.what, s.groups, s.warnings)
+        s = Searched(s.effects[:, s.var.index.get_indexer(sig.values.index)], s.table, s.var.loc[sig.values.index], s.what, s.groups, s.warnings, s.measured)
     scores, null, at, sizes = _asked(sig, s, similarity, n_random, seed)
     if np.isnan(scores).all(): raise InputError("no candidate has a score", "effects that are not all zero", "another model, or more genes")
     table, rand = _standing(sign * scores, sign * null, s, by), np.nanmax(sign * null, axis=1)
     others = _others(s, at, similarity, sizes, sign, seed)
-    about = {"n_random": n_random, "random_best": _quantiles(rand), "others_best": _quantiles(others), "n_others": len(others)}
+    about = {"n_random": n_random, "random_best": _quantiles(rand), "others_best": _quantiles(others), "n_others": len(others), "measured": s.measured}
     settings = {"similarity": similarity, "reverse": bool(reverse), "by": by, "cell_line": cell_line, "seed": seed, "top": top, "n_genes": len(sig.values), "signature": sig.kind}
     return RankTable(table, str(sig), s.what, about, (*s.warnings, *_doubts(sig, table, about, sign)), settings)
 
@@ -566,11 +573,12 @@ def _rank_text(self, top: "int | None" = None) -> str:
     t = self.table[:n]
     more = [c for c in ("moa",) if c in t]
     lines = [f"{'rank':>5}  {'drug':<32} {'dose µM':>8} {'score':>7} {'p':>7} {'p_any':>7}  {'line':<12}" + (" mechanism" if more else "")]
-    lines += [f"{r.rank:>5g}  {str(r.pert)[:32]:<32} {r.dose_um:>8.3g} {r.score:>+7.3f} {r.p:>7.3g} {r.p_any:>7.3g}  {str(r.best_line):<12}" + (f" {r.moa}" if more and isinstance(r.moa, str) else "") for r in t.itertuples()]
+    lines += [f"{r.rank:>5g}  {str(r.pert)[:32]:<32} {r.dose_um:>8.3g} {r.score:>+7.3f} {r.p:>7.2g} {r.p_any:>7.2g}  {str(r.best_line):<12}" + (f" {r.moa}" if more and isinstance(r.moa, str) else "") for r in t.itertuples()]
     facts = [f"signature: {self.overlap}", f"searched: {self.searched}",
              f"score: {st.get('similarity')}" + (", sign turned: positive undoes the signature" if st.get("reverse") else ", positive resembles the signature"),
              f"a random signature of these genes reaches {null['random_best'][0]:.3f} at best (median of {null['n_random']}; 95 %: {null['random_best'][1]:.3f})"]
-    if null["others_best"]: facts.append(f"effects of unrelated drugs reach {null['others_best'][0]:.3f} among each other (median of {null['n_others']}; 95 %: {null['others_best'][1]:.3f})")
+    if null["others_best"]: facts.append(f"{'measured' if null['measured'] else 'predicted'} effects of unrelated drugs reach {null['others_best'][0]:.3f} among each other "
+                                         f"(median of {null['n_others']}; 95 %: {null['others_best'][1]:.3f})")
     end = [f"{len(t)} of {len(self.table):,} {'drugs' if st.get('by') == 'drug' else 'drug doses'}; p: random signatures at this drug, p_any: anywhere; none can be below 1/{null['n_random'] + 1}"] if n else []
     return _screen("Drugs that reverse the signature" if st.get("reverse") else "Drugs that resemble the signature", facts, self.warnings, lines if n else [], end)
 
@@ -613,5 +621,5 @@ def rank_command(
     if isinstance(candidates, (str, Path)):
         if not Path(candidates).is_file(): raise MissingFile(f"no file {candidates}", "a CSV with pert, smiles and dose_um", "check the path")
         candidates = pd.read_csv(candidates)
-    found = rank_drugs(source, signature, candidates=candidates, **options)
+    found = rank_drugs(source, signature, candidates=candidates, **{"progress": True, **options})
     return found.text() + ("" if out is None else f"\nwritten: {found.save(out)} and {Path(out).name}.json")

@@ -103,12 +103,15 @@ def candidate_effects(
     source: "Model | Library",  # a fitted condition model, or measured signatures
     table: pd.DataFrame,  # from `candidates`
     block: int = 4096,  # rows predicted at a time
+    progress: bool = False,  # a bar, if it takes longer than two seconds
 ) -> np.ndarray:  # candidates by genes of the source, float32; NaN where nothing is known
     "The effect of each candidate."
     if isinstance(source, Library): return _measured(source.table, table)
     if getattr(source, "input", None) != "condition" or not hasattr(source, "predict"):
         raise InputError(f"a {type(source).__name__}", "a model that predicts effects from conditions, or a Library", "see models.baselines.baseline_table")
-    return np.concatenate([np.asarray(source.predict(table.iloc[i:i + block]), np.float32) for i in range(0, len(table), block)])
+    from tqdm import tqdm
+    at = tqdm(range(0, len(table), block), desc="predict candidates", unit="block", disable=not progress, delay=2)
+    return np.concatenate([np.asarray(source.predict(table.iloc[i:i + block]), np.float32) for i in at])
 
 def _genes_of(source) -> list: return list(source.table.var_names) if isinstance(source, Library) else list(source.genes)
 
@@ -124,7 +127,8 @@ def row_scores(
     known = ~np.isnan(effects).all(1)
     out = np.full((len(queries), len(effects)), np.nan)
     if not known.any() or not len(queries): return out
-    if similarity in CORRELATIONS: out[:, known] = correlation(effects[known], queries, similarity)
+    if similarity in CORRELATIONS:
+        for part in np.array_split(np.flatnonzero(known), -(-known.sum() // 16384)): out[:, part] = correlation(effects[part], queries, similarity)
     else:
         n = effects.shape[1]
         more = {"n_extreme": min(100, max(1, n // 4))} if similarity == "xsum" else {}
