@@ -23,8 +23,8 @@ from ..data.schema import check, read
 from .domain import _readable, control_states, domain_of, measures
 from ..metrics.uncertainty import MIN_GROUPS
 from ..models.base import Model, load_model, whole
-from ..models.connectivity import CORRELATIONS, METHODS, SCORES, Queries, gene_sets, random_sets, top_genes
-from ..models.rank import CONDITION, Library, _condition_codes, _reduced, candidate_effects, candidates, row_scores
+from ..models.connectivity import CORRELATIONS, METHODS, SCORES, Queries, gene_sets, random_sets
+from ..models.rank import CONDITION, Library, _condition_codes, _reduced, candidate_effects, candidates, scorer
 
 # %% ../../nbs/interpret/11_use.ipynb #9d44bd7b
 def _loaded(one) -> list:
@@ -404,7 +404,7 @@ def _of_library(source, cell_line) -> Searched:
     if cell_line is not None and cell_line not in lines: raise InputError(f"cell line {cell_line!r} in no row of {name}", "a line of the library", nearest(cell_line, lines))
     if cell_line is not None: a = a[(a.obs.cell_line.astype(str) == cell_line).to_numpy()]
     obs = a.obs.assign(pert=a.obs.pert.astype(str), dose_um=pd.to_numeric(a.obs.dose_um, errors="coerce").fillna(0.0).round(9))
-    x = np.asarray(a.X.toarray() if hasattr(a.X, "toarray") else a.X, float)
+    x = a.X.toarray() if hasattr(a.X, "toarray") else np.asarray(a.X)
     what = f"{len(a):,} measured signatures of {obs.pert.nunique():,} perturbations in " + (cell_line or f"{len(lines)} line(s)")
     return Searched(x, obs, a.var, what, _group_of(obs), measured=True)
 
@@ -441,14 +441,6 @@ def _searched(source, cell_line, given, controls, progress: bool = False) -> Sea
     return _of_library(source, cell_line)
 
 # %% ../../nbs/interpret/11_use.ipynb #0e91f614
-def _query_scores(x: np.ndarray, s: Searched, at: np.ndarray, similarity: str, sizes: "tuple | None") -> np.ndarray:
-    "Scores of full signatures on the genes `at`, or of their top lists where sizes are given; queries by rows."
-    if sizes is None or similarity in CORRELATIONS: return row_scores(x, s.effects[:, at], similarity)
-    n = s.effects.shape[1]
-    order = np.argsort(-x, axis=1, kind="stable").astype(np.int32)
-    q = Queries([str(i) for i in range(len(x))], order[:, :sizes[0]], order[:, n - sizes[1]:], n, pd.DataFrame())
-    return _set_scores(q, s, similarity)
-
 def _set_scores(q: Queries, s: Searched, similarity: str) -> np.ndarray:
     "Scores of gene lists; NaN where an effect is zero."
     out, live = np.full((len(q.names), len(s.effects)), np.nan), np.ptp(s.effects, axis=1) > 0
@@ -456,24 +448,28 @@ def _set_scores(q: Queries, s: Searched, similarity: str) -> np.ndarray:
     out[:, live] = SCORES[similarity](s.effects[live], q, **more)
     return out
 
-def _asked(sig: Signature, s: Searched, similarity: str, n_random: int, seed: int) -> "tuple[np.ndarray, np.ndarray, np.ndarray, tuple | None]":
-    "Scores of the query and of random ones, the genes used, and the sizes of lists."
+def _lists_of(x: np.ndarray, n_up: int, n_down: int) -> Queries:
+    "The n_up largest and n_down smallest values of full signatures as lists."
+    order, n = np.argsort(-x, axis=1, kind="stable").astype(np.int32), x.shape[1]
+    return Queries([str(i) for i in range(len(x))], order[:, :n_up], order[:, n - n_down:], n, pd.DataFrame())
+
+def _asked(sig: Signature, s: Searched, similarity: str, n_random: int, seed: int) -> tuple:
+    "Scores of the query and of random ones, a function that scores full signatures alike, and the genes it takes."
     at = s.var.index.get_indexer(sig.values.index)
     if sig.kind == "up/down lists":
         sides = [sig.values.index[sig.values > 0], sig.values.index[sig.values < 0]]
         q = gene_sets({"query": sides}, s.var.index, min_overlap=0)
-        null = random_sets(s.effects.shape[1], *map(len, sides), n_random, seed=seed)
-        return _set_scores(q, s, similarity), _set_scores(null, s, similarity), at, tuple(map(len, sides))
-    x, draw = sig.values.to_numpy(float), rng(seed, "interpret.use.random")
+        null, score = random_sets(s.effects.shape[1], *map(len, sides), n_random, seed=seed), lambda q: _set_scores(q, s, similarity)
+        return score(q), score(null), lambda x: score(_lists_of(x, *map(len, sides))), np.arange(s.effects.shape[1])
+    x, draw, score = sig.values.to_numpy(float), rng(seed, "interpret.use.random"), scorer(s.effects[:, at], similarity)
     null = np.array([draw.permutation(x) for _ in range(n_random)])
-    return row_scores(x[None], s.effects[:, at], similarity), row_scores(null, s.effects[:, at], similarity), at, None
+    return score(x[None]), score(null), score, at
 
-def _others(s: Searched, at: np.ndarray, similarity: str, sizes, sign: int, seed: int) -> np.ndarray:
+def _others(s: Searched, score, at: np.ndarray, sign: int, seed: int) -> np.ndarray:
     "Best score that effects of the table reach among drugs of other structure groups."
     if pd.Series(s.groups).nunique() < 3: return np.array([])
     rows = rng(seed, "interpret.use.others").permutation(np.flatnonzero(np.ptp(s.effects, axis=1) > 0))[:200]
-    x = s.effects[rows] if sizes else s.effects[rows][:, at]
-    scores = sign * _query_scores(x, s, at, similarity, sizes)
+    scores = sign * score(s.effects[rows][:, at])
     scores[s.groups[rows][:, None] == s.groups] = np.nan
     return np.nanmax(scores, axis=1)
 
@@ -558,10 +554,10 @@ def rank_drugs(
     similarity, sign = _checked_rank(by, similarity, sig.kind == "up/down lists", top, n_random, reverse), -1 if reverse else 1
     if sig.kind != "up/down lists" and similarity not in CORRELATIONS and len(sig.values) < s.effects.shape[1]:
         s = Searched(s.effects[:, s.var.index.get_indexer(sig.values.index)], s.table, s.var.loc[sig.values.index], s.what, s.groups, s.warnings, s.measured)
-    scores, null, at, sizes = _asked(sig, s, similarity, n_random, seed)
+    scores, null, score, at = _asked(sig, s, similarity, n_random, seed)
     if np.isnan(scores).all(): raise InputError("no candidate has a score", "effects that are not all zero", "another model, or more genes")
     table, rand = _standing(sign * scores, sign * null, s, by), np.nanmax(sign * null, axis=1)
-    others = _others(s, at, similarity, sizes, sign, seed)
+    others = _others(s, score, at, sign, seed)
     about = {"n_random": n_random, "random_best": _quantiles(rand), "others_best": _quantiles(others), "n_others": len(others), "measured": s.measured}
     settings = {"similarity": similarity, "reverse": bool(reverse), "by": by, "cell_line": cell_line, "seed": seed, "top": top, "n_genes": len(sig.values), "signature": sig.kind}
     return RankTable(table, str(sig), s.what, about, (*s.warnings, *_doubts(sig, table, about, sign)), settings)

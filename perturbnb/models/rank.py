@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONDITION', 'ABOUT', 'LINES', 'REDUCE', 'RELEVANCE', 'INVERSE_METRICS', 'candidates', 'Library', 'candidate_effects',
-           'row_scores', 'search_scores', 'ranked', 'rank_candidates', 'by_drug', 'demo_bulk', 'inverse_baselines',
+           'scorer', 'search_scores', 'ranked', 'rank_candidates', 'by_drug', 'demo_bulk', 'inverse_baselines',
            'InverseEvaluation', 'inverse_evaluation']
 
 # %% ../../nbs/models/08b_rank.ipynb #735719b9
@@ -22,10 +22,11 @@ from ..data.drugs import structure_groups
 from ..data.schema import group_sums, pseudobulk
 from ..metrics.relevance import relevance
 from ..metrics.retrieval import evaluate
+from ..metrics.retrieve import _distinct
 from ..metrics.registry import find_metric
 from ..metrics.uncertainty import Estimate, adjust_p, bootstrap, mean_interval, paired_difference, within
 from .base import Model, whole
-from .connectivity import CORRELATIONS, METHODS, SCORES, common_genes, correlation, top_genes
+from .connectivity import CORRELATIONS, METHODS, SCORES, _finite, _unit, common_genes, top_genes
 
 # %% ../../nbs/models/08b_rank.ipynb #72666fb3
 CONDITION = ("pert", "dose_um")  # what a candidate is
@@ -116,25 +117,37 @@ def candidate_effects(
 def _genes_of(source) -> list: return list(source.table.var_names) if isinstance(source, Library) else list(source.genes)
 
 # %% ../../nbs/models/08b_rank.ipynb #785f5e41
-def row_scores(
-    queries: np.ndarray,  # signatures, queries by genes
-    effects: np.ndarray,  # candidates by the same genes; rows of NaN are unknown
+def _unit_rows(effects: np.ndarray, kind: str) -> "tuple[np.ndarray, np.ndarray]":
+    "Distinct effects as rows of length 1 (NaN without direction), and which of them each row is."
+    once = _distinct(effects)
+    first, which = (np.arange(len(effects)), np.arange(len(effects))) if once is None else once
+    out = np.empty((len(first), effects.shape[1]), np.float32)
+    for part in np.array_split(np.arange(len(first)), -(-len(first) // 8192)): out[part] = _unit(_finite(effects[first[part]], "table of effects"), kind)
+    return out, which
+
+def scorer(
+    effects: np.ndarray,  # candidates by genes; rows of NaN are unknown
     similarity: str = "cosine",  # one of METHODS
     n_top: int = 50,  # of wtcs, lamb and xsum: genes on each side of a query, at most a quarter of all
-) -> np.ndarray:  # queries by candidates, positive is alike; NaN where there is no score
-    "How alike each query and each candidate are."
-    if not isinstance(similarity, str) or similarity not in METHODS: raise InputError(f"similarity={similarity!r}", ", ".join(METHODS), nearest(str(similarity), METHODS))
+) -> "Callable":  # function of signatures, queries by genes: scores, queries by candidates, positive is alike; NaN where there is none
+    "A search of some candidates, made ready once."
+    _chosen("similarity", similarity, METHODS)
+    effects, n = np.asarray(effects), effects.shape[1]
     known = ~np.isnan(effects).all(1)
-    out = np.full((len(queries), len(effects)), np.nan)
-    if not known.any() or not len(queries): return out
-    if similarity in CORRELATIONS:
-        for part in np.array_split(np.flatnonzero(known), -(-known.sum() // 16384)): out[:, part] = correlation(effects[part], queries, similarity)
-    else:
-        n = effects.shape[1]
-        more = {"n_extreme": min(100, max(1, n // 4))} if similarity == "xsum" else {}
-        known[known] = np.ptp(effects[known], axis=1) > 0
-        out[:, known] = SCORES[similarity](effects[known], top_genes(queries, max(1, min(n_top, n // 4))), **more)
-    return out
+    if similarity in CORRELATIONS and known.any(): unit, which = _unit_rows(np.asarray(effects[known], np.float32), similarity)
+    else: known[known] = np.ptp(effects[known], axis=1) > 0
+    more = {"n_extreme": min(100, max(1, n // 4))} if similarity == "xsum" else {}
+    def of(queries: np.ndarray) -> np.ndarray:
+        out = np.full((len(queries), len(effects)), np.nan)
+        if not known.any() or not len(queries): return out
+        if np.shape(queries)[1] != n: raise InputError(f"queries of {np.shape(queries)[1]} genes and effects of {n}", "the same genes", "see common_genes")
+        if similarity not in CORRELATIONS: out[:, known] = SCORES[similarity](effects[known], top_genes(queries, max(1, min(n_top, n // 4))), **more)
+        else: out[:, known] = np.clip(_unit(_finite(queries, "query"), similarity).astype(np.float32) @ unit.T, -1, 1)[:, which]
+        return out
+    return of
+
+def _chosen(what: str, value, known: tuple) -> None:
+    if not isinstance(value, str) or value not in known: raise InputError(f"{what}={value!r}", " or ".join(known), nearest(str(value), known))
 
 # %% ../../nbs/models/08b_rank.ipynb #95df0bb6
 LINES, REDUCE = ("same", "all"), ("best", "mean")
@@ -157,9 +170,6 @@ def _reduced(scores: np.ndarray, codes: np.ndarray, n: int, reduce: str) -> np.n
         out[:, which] = np.divide(np.add.reduceat(np.nan_to_num(x), start, axis=1), count, out=np.full(count.shape, np.nan), where=count > 0)
     return out
 
-def _chosen(what: str, value, known: tuple) -> None:
-    if not isinstance(value, str) or value not in known: raise InputError(f"{what}={value!r}", " or ".join(known), nearest(str(value), known))
-
 # %% ../../nbs/models/08b_rank.ipynb #0b798414
 def search_scores(
     queries: np.ndarray,  # signatures, queries by genes
@@ -178,12 +188,12 @@ def search_scores(
     x, of = (-1 if reverse else 1) * np.asarray(queries, float), np.asarray(query_lines, str)
     codes, found = _condition_codes(table)
     out, here = np.full((len(x), len(found)), np.nan), table.cell_line.astype(str).to_numpy()
-    if lines == "all": parts = [(np.arange(a, min(a + block, len(x))), np.arange(len(table))) for a in range(0, len(x), block)]
-    else: parts = [(np.flatnonzero(of == l), np.flatnonzero(here == l)) for l in np.unique(of)]
+    parts = [(np.arange(len(x)), np.arange(len(table)))] if lines == "all" else [(np.flatnonzero(of == l), np.flatnonzero(here == l)) for l in np.unique(of)]
     for q, rows in parts:
         if not len(rows): raise InputError(f"no candidate in the line {str(of[q[0]])!r} of a query", f"a line of the candidates: {', '.join(np.unique(here)[:6])}",
                                            "add that line to the candidates, or rank with lines='all'")
-        out[q] = _reduced(row_scores(x[q], effects[rows], similarity), codes[rows], len(found), reduce)
+        score = scorer(effects[rows], similarity)
+        for some in np.array_split(q, max(1, -(-len(q) // block))): out[some] = _reduced(score(x[some]), codes[rows], len(found), reduce)
     return out, found
 
 # %% ../../nbs/models/08b_rank.ipynb #b7f7beba
@@ -239,7 +249,7 @@ def rank_candidates(
         raise InputError(f"no candidate in the line {l!r} of a query", "a line of the candidates", "add that line to the candidates, or rank with lines='all'")
     effects, (codes, found) = candidate_effects(source, table)[:, mine], _condition_codes(table)
     similarity = similarity or getattr(source, "similarity", "cosine")
-    s = row_scores((-1 if reverse else 1) * x.to_numpy()[:, theirs], effects, similarity)
+    s = scorer(effects, similarity)((-1 if reverse else 1) * x.to_numpy()[:, theirs])
     if lines == "same": s[of[:, None] != table.cell_line.astype(str).to_numpy()] = np.nan
     return pd.concat([_one_ranking(n, row, table, codes, found, reduce) for n, row in zip(x.index.astype(str), s)])
 
