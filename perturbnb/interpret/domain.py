@@ -51,19 +51,23 @@ class Domain:
     controls: "pd.DataFrame | None" = None  # control state of each training line, lines by genes, log1p CP10k
     baseline: str = "mean"  # what the errors are compared with
 
+# %% ../../nbs/interpret/10_domain.ipynb #a6ddc6ab
 def control_states(
     controls: ad.AnnData,  # control rows of a bulk table: level, log1p CP10k
     lines: "Sequence[str] | None" = None,  # only these; all if not given
 ) -> pd.DataFrame:  # lines by genes
     "Mean control state of each line over its plates, weighted by cells."
-    if not isinstance(controls, ad.AnnData): raise InputError(f"controls of type {type(controls).__name__}", "an AnnData of control rows", "take bulk[bulk.obs.pert_type == 'control']")
+    if not isinstance(controls, ad.AnnData):
+        raise InputError(f"controls of type {type(controls).__name__}", "an AnnData of control rows",
+                         "take bulk[bulk.obs.pert_type == 'control']")
     for c in ("cell_line", "pert_type"):
         if c not in controls.obs: raise InputError(f"no column {c!r} in controls.obs", "a bulk table", nearest(c, controls.obs.columns))
     for row in controls.obs_names[controls.obs.pert_type.astype(str) != "control"][:1]:
         raise InputError(f"row {row!r} among the controls is treated", "control rows alone", "take bulk[bulk.obs.pert_type == 'control']")
     x = pd.DataFrame(np.asarray(controls.X.toarray() if hasattr(controls.X, "toarray") else controls.X, float), columns=controls.var_names)
     of, w = controls.obs.cell_line.astype(str).to_numpy(), controls.obs.get("n_cells", pd.Series(1, controls.obs_names)).to_numpy(float)
-    if not np.isfinite(x.to_numpy()).all(): raise InputError("controls that are not all finite", "a number for each gene", "drop the gene or the row")
+    if not np.isfinite(x.to_numpy()).all():
+        raise InputError("controls that are not all finite", "a number for each gene", "drop the gene or the row")
     out = x.mul(w, axis=0).groupby(of).sum().div(pd.Series(w).groupby(of).sum(), axis=0)
     return out if lines is None else out.loc[[l for l in out.index if l in set(lines)]]
 
@@ -109,9 +113,11 @@ def drug_errors(
     both = pd.concat([seen, own[~own.index.isin(seen.index)]])
     group = structure_groups(pd.DataFrame({"drug": both.index, "smiles": both.where(both.notna(), None).to_numpy()})).group
     if leak := sorted(set(own.index) & set(seen.index)) or sorted(set(group[own.index]) & set(group[seen.index])):
-        raise InputError(f"{leak[0]!r} is among the left-out and the training drugs", "drugs that were left out", "leave out whole structure groups")
+        raise InputError(f"{leak[0]!r} is among the left-out and the training drugs", "drugs that were left out",
+                         "leave out whole structure groups")
     square = lambda p: pd.Series(((np.asarray(p, float) - x) ** 2).mean(1)).groupby(drug).mean() ** 0.5
-    out = pd.DataFrame({"group": group[own.index], "similarity": np.nan, "nearest": None, "error": square(predicted), "error_baseline": square(reference),
+    out = pd.DataFrame({"group": group[own.index], "similarity": np.nan, "nearest": None, "error": square(predicted),
+                        "error_baseline": square(reference),
                         "n_rows": pd.Series(drug).value_counts()}).rename_axis("drug")
     some = own.notna().to_numpy()
     out.loc[some, ["similarity", "nearest"]] = nearest_structures(list(own[some]), seen).to_numpy(object)
@@ -130,7 +136,8 @@ def left_out_errors(
     from perturbnb.models.means import MeanEffect
     t = training_table(train)
     if "smiles" not in t.obs: raise InputError("no column 'smiles' in train.obs", "structures", "join them by drug name")
-    group = t.obs.pert.astype(str).map(structure_groups(t.obs.assign(smiles=t.obs.smiles.map(_readable, na_action="ignore")), name="pert").group)
+    group = t.obs.pert.astype(str).map(structure_groups(t.obs.assign(smiles=t.obs.smiles.map(_readable, na_action="ignore")),
+                                                        name="pert").group)
     names = sorted(group.unique())
     if len(names) < 3: raise InputError(f"{len(names)} structure groups", "3 or more", "train on more drugs")
     k = min(whole("folds", folds, 5, 2), len(names))
@@ -155,9 +162,11 @@ def gain_by_similarity(
     for i, low in enumerate(edge):
         part = e[at == i]
         m = mean_interval(part.gain, part.group, average="macro")
-        rows.append({"low": low, "high": part.similarity.max(), "n_drugs": len(part), "n_groups": m.n_groups, "gain": m.value, "gain_low": m.low, "gain_high": m.high})
+        rows.append({"low": low, "high": part.similarity.max(), "n_drugs": len(part), "n_groups": m.n_groups, "gain": m.value,
+                     "gain_low": m.low, "gain_high": m.high})
     return pd.DataFrame(rows, columns=["low", "high", "n_drugs", "n_groups", "gain", "gain_low", "gain_high"])
 
+# %% ../../nbs/interpret/10_domain.ipynb #d828568b
 def useful_from(
     bins: pd.DataFrame,  # from `gain_by_similarity`
 ) -> "tuple[float, str]":  # similarity (NaN: none), and shown, suggested or none
@@ -196,16 +205,20 @@ def _drug_row(d: Domain, drug, smiles) -> dict:
     part = {"part": "drug", "measure": "largest Tanimoto similarity to a training structure"}
     if base is None or base != base:
         seen = drug in d.drugs.index
-        return {**part, "value": np.nan, "threshold": np.nan, "outside": True, "text": f"drug {drug!r}: no structure, so its likeness to the {len(d.drugs)} training drugs is not known"
+        return {**part, "value": np.nan, "threshold": np.nan, "outside": True,
+                "text": f"drug {drug!r}: no structure, so its likeness to the {len(d.drugs)} training drugs is not known"
                 + ("; it was in training itself, by name" if seen else "")}
     near = nearest_structures([base], d.drugs.smiles).iloc[0]
-    if not near.similarity >= 0: return {**part, "value": np.nan, "threshold": np.nan, "outside": True, "text": "drug: no training drug has a structure to compare with"}
-    if near.similarity >= 1: return {**part, "value": 1.0, "threshold": np.nan, "outside": False, "text": f"drug: the structure of {near.nearest} was in training"}
+    if not near.similarity >= 0: return {**part, "value": np.nan, "threshold": np.nan, "outside": True,
+                                         "text": "drug: no training drug has a structure to compare with"}
+    if near.similarity >= 1: return {**part, "value": 1.0, "threshold": np.nan, "outside": False,
+                                     "text": f"drug: the structure of {near.nearest} was in training"}
     limit, why = _drug_limit(d)
     rarer = d.drugs.loo.dropna()
     text = f"drug: the most similar training drug is {near.nearest} (Tanimoto {near.similarity:.2f}); {why}; {(rarer <= near.similarity).mean():.0%} of {len(rarer)} training drugs are as unlike all others"
     return {**part, "value": near.similarity, "threshold": limit, "outside": not near.similarity >= limit, "text": text}
 
+# %% ../../nbs/interpret/10_domain.ipynb #219e87af
 def _drug_limit(d: Domain) -> "tuple[float, str]":
     "Threshold of the similarity and its origin in words."
     if d.errors is None:
@@ -216,21 +229,24 @@ def _drug_limit(d: Domain) -> "tuple[float, str]":
     if kind == "none": return np.nan, f"on {n} left-out drugs the model did not beat the {d.baseline} baseline at any similarity"
     return limit, f"on {n} left-out drugs the model " + ("was shown to beat" if kind == "shown" else "on average beat (not shown)") + f" the {d.baseline} baseline from a similarity of {limit:.2f} on"
 
-# %% ../../nbs/interpret/10_domain.ipynb #219e87af
+# %% ../../nbs/interpret/10_domain.ipynb #c3745642
 def _line_row(d: Domain, line: str, state: "pd.Series | None") -> dict:
     "The line against the training lines."
     part = {"part": "line", "measure": "distance of the control state to the nearest training line (log1p CP10k)"}
     if line in d.lines: return {**part, "value": 0.0, "threshold": np.nan, "outside": False, "text": f"line: {line} was in training"}
     nothing = {**part, "value": np.nan, "threshold": np.nan, "outside": True}
     if state is None: return {**nothing, "text": f"line: {line} was not in training ({len(d.lines)} lines) and its control state is not given: its distance is not known"}
-    if d.controls is None or not len(d.controls): return {**nothing, "text": f"line: {line} was not in training, and the model keeps no control states to compare with"}
-    if not d.controls.columns.isin(state.dropna().index).all(): return {**nothing, "text": f"line: the control state of {line} lacks genes of the model: its distance is not known"}
+    if d.controls is None or not len(d.controls): return {**nothing,
+                                                          "text": f"line: {line} was not in training, and the model keeps no control states to compare with"}
+    if not d.controls.columns.isin(state.dropna().index).all(): return {**nothing,
+        "text": f"line: the control state of {line} lacks genes of the model: its distance is not known"}
     value, near = line_distance(d.controls, state)
     loo = left_out_lines(d.controls)
     if loo.empty: return {**nothing, "value": value, "text": f"line: {line} is {value:.2f} from {near}; {len(d.controls)} training lines are too few to say whether that is far"}
     text = f"line: {line} was not in training; its control state is {value:.2f} from the nearest, {near}; {int((loo >= value).sum())} of {len(loo)} training lines are as far from the others (largest {loo.max():.2f})"
     return {**part, "value": value, "threshold": float(loo.max()), "outside": bool(value > loo.max()), "text": text}
 
+# %% ../../nbs/interpret/10_domain.ipynb #ccf55872
 def _dose_row(d: Domain, drug, dose: float) -> dict:
     "The dose against the trained range, of the drug itself if it was trained."
     own = d.doses.get(drug) or sorted({x for v in d.doses.values() for x in v})
@@ -243,7 +259,7 @@ def _dose_row(d: Domain, drug, dose: float) -> dict:
     else: text = f"dose: {dose:g} µM is within the trained range {whose}, {low:g} to {high:g} µM"
     return {**part, "threshold": low if dose < low else high, "outside": off > 1, "text": text}
 
-# %% ../../nbs/interpret/10_domain.ipynb #c3745642
+# %% ../../nbs/interpret/10_domain.ipynb #594772c8
 def measures(
     domain: Domain,
     *,
@@ -258,10 +274,12 @@ def measures(
     if drug is not None or smiles is not None: rows.append(_drug_row(domain, drug, smiles))
     if cell_line is not None: rows.append(_line_row(domain, str(cell_line), state))
     if dose_um is not None:
-        if not (isinstance(dose_um, (int, float, np.number)) and 0 < dose_um < np.inf): raise InputError(f"dose_um={dose_um!r}", "a number above 0, in micromolar", "for example 1.0")
+        if not (isinstance(dose_um, (int, float, np.number)) and 0 < dose_um < np.inf):
+            raise InputError(f"dose_um={dose_um!r}", "a number above 0, in micromolar", "for example 1.0")
         rows.append(_dose_row(domain, drug, float(dose_um)))
     return pd.DataFrame(rows, columns=["part", "measure", "value", "threshold", "outside", "text"])
 
+# %% ../../nbs/interpret/10_domain.ipynb #e6e8a540
 def outside(
     domain: Domain,
     **question,  # drug, smiles, cell_line, dose_um, state as in `measures`
@@ -284,6 +302,7 @@ def _plain(t: pd.DataFrame) -> dict:
     "A small table as lists; missing values become None."
     return {"index": t.index.tolist(), **{c: [None if v is None or v != v else v for v in t[c].tolist()] for c in t}}
 
+# %% ../../nbs/interpret/10_domain.ipynb #bab656aa
 def attach(
     model: Model,  # fitted
     domain: Domain,  # from `training_domain`
@@ -295,6 +314,7 @@ def attach(
     model.names["domain"] = pack
     return model
 
+# %% ../../nbs/interpret/10_domain.ipynb #c3db311b
 def domain_of(
     model: Model,  # fitted or loaded
 ) -> "Domain | None":  # None if the model carries none
@@ -305,4 +325,5 @@ def domain_of(
     drugs = table(pack["drugs"]).astype({"smiles": object, "loo": float})
     drugs["smiles"] = drugs.smiles.where(drugs.smiles.notna(), None)
     errors = None if pack["errors"] is None else table(pack["errors"]).astype({"similarity": float, "gain": float})
-    return Domain(drugs, tuple(pack["lines"]), pack["doses"], errors, None if pack["controls"] is None else _unpacked(pack["controls"]), pack["baseline"])
+    return Domain(drugs, tuple(pack["lines"]), pack["doses"], errors, None if pack["controls"] is None else _unpacked(pack["controls"]),
+                  pack["baseline"])

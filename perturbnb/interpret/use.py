@@ -30,14 +30,18 @@ from ..models.rank import CONDITION, Library, _condition_codes, _reduced, candid
 def _loaded(one) -> list:
     "Models of a path or object."
     if isinstance(one, Model): return [one]
-    if not isinstance(one, (str, Path)): raise InputError(f"a {type(one).__name__} in place of a model", "a fitted model or the folder of a saved one", "pass its path")
+    if not isinstance(one, (str, Path)):
+        raise InputError(f"a {type(one).__name__} in place of a model", "a fitted model or the folder of a saved one", "pass its path")
     path = Path(one)
     if not path.exists(): raise MissingFile(f"no {path}", "the folder of a saved model", "check the path")
     if (path / "config.json").is_file() or not path.is_dir(): return [load_model(path)]
     inner = sorted(p.parent for p in path.glob("*/config.json"))
-    if not inner: raise MissingFile(f"{path} holds no model", "a folder with config.json, or one that holds such folders", "name the model's own folder, such as reports/…/model")
+    if not inner:
+        raise MissingFile(f"{path} holds no model", "a folder with config.json, or one that holds such folders",
+                          "name the model's own folder, such as reports/…/model")
     return [load_model(p) for p in inner]
 
+# %% ../../nbs/interpret/11_use.ipynb #fbbb75bf
 def as_models(
     models,  # a model, a path, or several of these
 ) -> list:  # fitted condition models with one gene axis and one unit
@@ -46,9 +50,12 @@ def as_models(
     if not out: raise InputError("no model", "at least one", "name a model's folder")
     for m in out:
         if m.var is None: raise InputError(f"{m.name or type(m).__name__} is not fitted", "a fitted or loaded model", "call fit first")
-        if m.input != "condition": raise InputError(f"{m.name} is a {m.input} model", "a model that predicts effects from conditions", "it scores profiles: use it with predict, or choose another model")
+        if m.input != "condition":
+            raise InputError(f"{m.name} is a {m.input} model", "a model that predicts effects from conditions",
+                             "it scores profiles: use it with predict, or choose another model")
         if m.genes != out[0].genes or m.scale != out[0].scale:
-            raise InputError(f"members with {len(out[0].genes)} genes in {out[0].scale} and {len(m.genes)} in {m.scale}", "the same genes and unit in every member", "use the seeds of one run")
+            raise InputError(f"members with {len(out[0].genes)} genes in {out[0].scale} and {len(m.genes)} in {m.scale}",
+                             "the same genes and unit in every member", "use the seeds of one run")
     return out
 
 # %% ../../nbs/interpret/11_use.ipynb #a874dee2
@@ -68,6 +75,7 @@ def hierarchical_width(
     at = (np.cumsum(w[order], axis=0) >= level - 1e-12).argmax(0)
     return np.take_along_axis(np.asarray(errors, float), np.take_along_axis(order, at[None], 0), 0)[0]
 
+# %% ../../nbs/interpret/11_use.ipynb #bf701388
 def calibrate(
     model: Model,  # fitted condition model
     val: ad.AnnData,  # observed signatures that it was not fitted on
@@ -75,8 +83,11 @@ def calibrate(
 ) -> Model:  # the same model, which now carries the widths
     "Put the usual size of its errors into a model."
     [m], unit = as_models(model), [unit] if isinstance(unit, str) else list(unit)
-    if not isinstance(val, ad.AnnData) or missing_genes(val, m): raise InputError("validation rows that lack genes of the model", "a signature table with every gene of the model", "select the same genes")
-    if dict(val.uns.get("perturbnb", {})).get("scale") != m.scale: raise InputError("validation rows in another unit", m.scale, "use one unit")
+    if not isinstance(val, ad.AnnData) or missing_genes(val, m):
+        raise InputError("validation rows that lack genes of the model", "a signature table with every gene of the model",
+                         "select the same genes")
+    if dict(val.uns.get("perturbnb", {})).get("scale") != m.scale:
+        raise InputError("validation rows in another unit", m.scale, "use one unit")
     x = val[:, m.genes].X
     e = np.abs(np.asarray(x.toarray() if hasattr(x, "toarray") else x, float) - m.predict(val.obs))
     of = val.obs[unit].astype(str).agg("|".join, axis=1)
@@ -104,16 +115,18 @@ def _dose(value) -> float:
     "A dose above 0."
     try: out = float(value) if not isinstance(value, (bool, np.bool_)) else np.nan
     except (TypeError, ValueError): out = np.nan
-    if not 0 < out <= 1e6: raise InputError(f"dose_um={value!r}", "a number above 0 and at most 1,000,000, in micromolar", "for example 1.0")
+    if not 0 < out <= 1e6:
+        raise InputError(f"dose_um={value!r}", "a number above 0 and at most 1,000,000, in micromolar", "for example 1.0")
     return out
 
+# %% ../../nbs/interpret/11_use.ipynb #02935e45
 def _text(what: str, value, example: str) -> "str | None":
     "A name, or None where nothing came."
     if value is None: return None
     if not isinstance(value, str) or not value.strip(): raise InputError(f"{what}={value!r}", "text", f"for example {example}")
     return value.strip()
 
-# %% ../../nbs/interpret/11_use.ipynb #02935e45
+# %% ../../nbs/interpret/11_use.ipynb #eae08f32
 def _structure(smiles: str) -> "tuple[str, list]":
     "Parent of a structure, and what was taken off."
     base = parent(smiles)
@@ -121,18 +134,23 @@ def _structure(smiles: str) -> "tuple[str, list]":
     same = Chem.MolToSmiles(Chem.MolFromSmiles(smiles)) == base
     return base, [] if same else [f"the parent of the structure is used, without salt, solvent and charge: {base}"]
 
+# %% ../../nbs/interpret/11_use.ipynb #3fe18d55
 def _drug(drug, smiles, domain) -> "tuple[str, str | None, list]":
     "Name, parent and notes of the drug that is meant."
     drug, smiles = _text("drug", drug, "'Bortezomib'"), _text("smiles", smiles, "'CC(=O)Oc1ccccc1C(=O)O'")
-    if drug is None and smiles is None: raise InputError("neither a structure nor a drug", "smiles, or the name of a training drug", "pass smiles='…'")
+    if drug is None and smiles is None:
+        raise InputError("neither a structure nor a drug", "smiles, or the name of a training drug", "pass smiles='…'")
     known = pd.Series(dtype=object) if domain is None else domain.drugs.smiles
     if smiles is None:
-        if domain is not None and drug not in known.index: raise InputError(f"drug {drug!r} without a structure", "smiles, or the name of a training drug", f"pass smiles; {nearest(drug, known.index)}")
+        if domain is not None and drug not in known.index:
+            raise InputError(f"drug {drug!r} without a structure", "smiles, or the name of a training drug",
+                             f"pass smiles; {nearest(drug, known.index)}")
         return drug, known.get(drug), [] if domain is not None else ["the model keeps no list of its training drugs: whether it knows this name is told by its own notes"]
     base, notes = _structure(smiles)
     twins = [n for n, s in known.items() if s == base]
     if drug in known.index and known[drug] and known[drug] != base:
-        raise InputError(f"drug {drug!r} with a structure that is not its own in training", str(known[drug]), "leave out one of the two, or give the new drug another name")
+        raise InputError(f"drug {drug!r} with a structure that is not its own in training", str(known[drug]),
+                         "leave out one of the two, or give the new drug another name")
     if drug in known.index: return drug, base, notes
     if twins: notes.append(f"this structure was in training as {twins[0]}" + (f" (also {', '.join(twins[1:3])})" if twins[1:] else "") + ": asked under that name")
     return twins[0] if twins else drug or "my compound", base, notes
@@ -152,24 +170,30 @@ def known_lines(
     groups = model.names.get(f"by{i + 1}", model.names.get("by"))
     return None if groups is None else sorted({str(g[i]) for g in groups})
 
+# %% ../../nbs/interpret/11_use.ipynb #250c8597
 def _table(controls) -> "ad.AnnData | None":
     "Control rows from an AnnData or a file."
     if isinstance(controls, (str, Path)):
-        if not Path(controls).is_file(): raise MissingFile(f"no file {controls}", "a bulk table (.h5ad) with control rows", "check the path")
+        if not Path(controls).is_file():
+            raise MissingFile(f"no file {controls}", "a bulk table (.h5ad) with control rows", "check the path")
         controls = read(controls)
         controls = controls[controls.obs.pert_type.astype(str) == "control"]
-        if not controls.n_obs: raise InputError("a controls file without a control row", "rows of pert_type control", "keep the controls in the pseudobulk")
+        if not controls.n_obs:
+            raise InputError("a controls file without a control row", "rows of pert_type control", "keep the controls in the pseudobulk")
     return controls
 
+# %% ../../nbs/interpret/11_use.ipynb #23309ffd
 def _state(models: list, line: str, controls) -> "tuple[pd.Series | None, list]":
     "Control state of a line where it is known, and the models that know the line."
     known = known_lines(models[0])
     if controls is not None:
         states = control_states(controls)
-        if line not in states.index: raise InputError(f"no control of the line {line!r} in controls", "control rows of that line", nearest(line, states.index))
+        if line not in states.index:
+            raise InputError(f"no control of the line {line!r} in controls", "control rows of that line", nearest(line, states.index))
         return states.loc[line], [m.with_controls(controls) if hasattr(m, "with_controls") else m for m in models]
     if known is not None and line not in known:
-        raise InputError(f"cell line {line!r}, which is not among the {len(known)} of the model, and no controls", "a known line, or control profiles of the new one", f"pass controls; {nearest(line, known)}")
+        raise InputError(f"cell line {line!r}, which is not among the {len(known)} of the model, and no controls",
+                         "a known line, or control profiles of the new one", f"pass controls; {nearest(line, known)}")
     if hasattr(models[0], "control_state") and known is not None: return models[0].control_state(line), models
     domain = domain_of(models[0])
     return (domain.controls.loc[line] if domain is not None and domain.controls is not None and line in domain.controls.index else None), models
@@ -214,17 +238,20 @@ def _dropout(models: list, y: np.ndarray, level: float, table=None, seed=0):
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high, f"middle {level:.0%} of {len(drawn)} predictions with dropout: the doubt of the network, not its error"
 
+# %% ../../nbs/interpret/11_use.ipynb #38962513
 def _interval(kind: str, models: list, y: np.ndarray, level: float, **more) -> "tuple[np.ndarray, np.ndarray, str]":
     "Low, high and what they are."
     ways = {"calibrated": _calibrated, "ensemble": _ensemble, "dropout": _dropout}
     for name in (ways if kind == "auto" else [kind] if kind != "none" else []):
         if (found := ways[name](models, y, level, **more)) is not None: return found
-    if kind in ways: raise InputError(f"no {kind} interval at {level:g} for {models[0].name}, {len(models)} member(s)", {"calibrated": "a model with widths at that level",
+    if kind in ways:
+        raise InputError(f"no {kind} interval at {level:g} for {models[0].name}, {len(models)} member(s)",
+                         {"calibrated": "a model with widths at that level",
         "ensemble": "two members or more", "dropout": "a model with sample()"}[kind], {"calibrated": f"run calibrate on validation rows; levels are {', '.join(map(str, LEVELS))}"}.get(kind, "choose interval='auto'"))
     nothing = np.full(y.shape[1], np.nan)
     return nothing, nothing, "none: " + ("it was not asked for" if kind == "none" else "the model carries no calibration at that level, there is one member, and it cannot be sampled")
 
-# %% ../../nbs/interpret/11_use.ipynb #38962513
+# %% ../../nbs/interpret/11_use.ipynb #7b5377fc
 def model_hash(model: Model) -> str:  # SHA-256
     "Content hash of what a model predicts from."
     h = hashlib.sha256(json.dumps([model.name, model.scale, model.genes, model.names], sort_keys=True, default=str).encode())
@@ -247,6 +274,7 @@ class EffectTable:
 def _escape(text: str) -> str: return text.replace("&", "&amp;").replace("<", "&lt;")
 def _by_size(t: pd.DataFrame) -> pd.DataFrame: return t.iloc[np.argsort(-t.delta.abs().to_numpy(), kind="stable")]
 
+# %% ../../nbs/interpret/11_use.ipynb #e9100340
 def _agreement(y: np.ndarray) -> list:
     "A warning where the members disagree about the sign of the largest effects."
     if len(y) < 2: return []
@@ -268,20 +296,27 @@ def predict_effect(
 ) -> EffectTable:
     "The effect that a model predicts for a compound in a line at a dose."
     if interval not in INTERVALS: raise InputError(f"interval={interval!r}", ", ".join(INTERVALS), nearest(str(interval), INTERVALS))
-    if not isinstance(level, (int, float)) or isinstance(level, bool) or not 0.5 <= level < 1: raise InputError(f"level={level!r}", "a number from 0.5 to below 1", "0.95 is usual")
+    if not isinstance(level, (int, float)) or isinstance(level, bool) or not 0.5 <= level < 1:
+        raise InputError(f"level={level!r}", "a number from 0.5 to below 1", "0.95 is usual")
     models = as_models(models)
     q, models = ask(models, smiles=smiles, drug=drug, cell_line=cell_line, dose_um=dose_um, controls=controls)
-    row = pd.DataFrame({"pert": q.drug, "pert_type": "compound", "cell_line": q.cell_line, "dose_um": q.dose_um, "time_h": 24.0, "smiles": [q.smiles]}, index=["question"]).astype({"smiles": object})
+    row = pd.DataFrame({"pert": q.drug, "pert_type": "compound", "cell_line": q.cell_line, "dose_um": q.dose_um, "time_h": 24.0,
+                        "smiles": [q.smiles]}, index=["question"]).astype({"smiles": object})
     y, told = np.array([m.predict(row)[0] for m in models], float), list(dict.fromkeys(n for m in models for n in m.notes if n))
-    if not np.isfinite(y).all(): raise InputError(f"{models[0].name} predicts no finite effect for {q}", "a number for each gene", "another baseline, or a model that knows this condition")
+    if not np.isfinite(y).all():
+        raise InputError(f"{models[0].name} predicts no finite effect for {q}", "a number for each gene",
+                         "another baseline, or a model that knows this condition")
     low, high, says = _interval(interval, models, y, level, table=row)
     m, d = models[0], domain_of(models[0])
-    far = pd.DataFrame(columns=["outside", "text"]) if d is None else measures(d, drug=q.drug, smiles=q.smiles, cell_line=q.cell_line, dose_um=q.dose_um, state=q.state)
+    far = pd.DataFrame(columns=["outside", "text"]) if d is None else measures(d, drug=q.drug, smiles=q.smiles, cell_line=q.cell_line,
+        dose_um=q.dose_um, state=q.state)
     silent = [] if d is not None else ["the model carries no training domain: how far this question is from its training data is not known (interpret.domain.attach)"]
     table = pd.DataFrame({"symbol": m.var.get("symbol", pd.Series(m.genes, m.genes)), "delta": y.mean(0), "low": low, "high": high,
-                          "control": np.nan if q.state is None else q.state.reindex(m.genes).to_numpy(float)}, pd.Index(m.genes, name="gene"))
+                          "control": np.nan if q.state is None else q.state.reindex(m.genes).to_numpy(float)}, pd.Index(m.genes,
+                              name="gene"))
     warn = [*far.text[far.outside.astype(bool)], *(f"{m.name}: {n}" for n in told), *_agreement(y), *silent]
-    about = {"models": [x.name for x in models], "model_hashes": [model_hash(x) for x in models], "split": m.split, "n_train": m.n_train, "level": level}
+    about = {"models": [x.name for x in models], "model_hashes": [model_hash(x) for x in models], "split": m.split, "n_train": m.n_train,
+             "level": level}
     return EffectTable(table, f"{m.scale}, against {m.reference}", says, q, far, tuple(warn), about)
 
 # %% ../../nbs/interpret/11_use.ipynb #def29bc7
@@ -315,6 +350,7 @@ def _plain(v):
     if isinstance(v, np.generic): v = v.item()
     return None if isinstance(v, float) and not np.isfinite(v) else str(v) if isinstance(v, Path) else v
 
+# %% ../../nbs/interpret/11_use.ipynb #8c53eaa4
 def write_answer(
     table: pd.DataFrame,  # tidy
     path: "str | Path",  # ends in .csv
@@ -322,20 +358,26 @@ def write_answer(
 ) -> Path:  # the CSV
     "A CSV, and `<name>.csv.json` that says what it is and holds its hash; each whole or absent."
     path = Path(path)
-    if path.suffix.lower() != ".csv": raise InputError(f"the file {path.name!r}", "a name that ends in .csv", f"for example {path.stem or 'answer'}.csv")
+    if path.suffix.lower() != ".csv":
+        raise InputError(f"the file {path.name!r}", "a name that ends in .csv", f"for example {path.stem or 'answer'}.csv")
     beside = path.with_name(path.name + ".json")
     if beside.exists() and "made_by" not in beside.read_text(encoding="utf-8", errors="replace")[:4000]:
-        raise InputError(f"{beside} is there and is not ours", "a free name for the settings", "choose another file name; nothing was written")
+        raise InputError(f"{beside} is there and is not ours", "a free name for the settings",
+                         "choose another file name; nothing was written")
     with atomic_file(path) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
     with atomic_file(beside) as tmp:
-        tmp.write_text(json.dumps(_plain({"made_by": "perturbnb", "csv_sha256": file_hash(path), **about}), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        tmp.write_text(json.dumps(_plain({"made_by": "perturbnb", "csv_sha256": file_hash(path), **about}), sort_keys=True, indent=1,
+                                  ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
+# %% ../../nbs/interpret/11_use.ipynb #25491b93
 def _save_effect(self, path: "str | Path") -> Path:
     "Write the whole table and its account."
     q = self.question
-    about = {"answer": "effect", "unit": self.unit, "interval": self.interval, "warnings": self.warnings, "notes": q.notes, "settings": self.settings,
-             "question": {"drug": q.drug, "smiles": q.smiles, "cell_line": q.cell_line, "dose_um": q.dose_um}, "domain": self.domain.to_dict("records")}
+    about = {"answer": "effect", "unit": self.unit, "interval": self.interval, "warnings": self.warnings, "notes": q.notes,
+             "settings": self.settings,
+             "question": {"drug": q.drug, "smiles": q.smiles, "cell_line": q.cell_line,
+                          "dose_um": q.dose_um}, "domain": self.domain.to_dict("records")}
     return write_answer(self.table.reset_index(), path, about)
 
 EffectTable.save = _save_effect
@@ -346,15 +388,18 @@ def _from_memory(signature, book: GeneNames) -> Signature:
     if isinstance(signature, pd.Series):
         values = pd.to_numeric(signature, errors="coerce")
         bad = values.isna() & signature.notna() | np.isinf(values)
-        for g in signature.index[bad][:1]: raise InputError(f"gene {g!r} has the value {signature.loc[g]!r}", "a finite number, or nothing", "correct or drop it")
+        for g in signature.index[bad][:1]:
+            raise InputError(f"gene {g!r} has the value {signature.loc[g]!r}", "a finite number, or nothing", "correct or drop it")
         return _join(map_genes(signature.index, book).assign(value=values.to_numpy(float)), book, "values", "the signature")
     if isinstance(signature, dict): signature = (signature.get("up", []), signature.get("down", []))
     if not isinstance(signature, (tuple, list)) or len(signature) != 2 or any(isinstance(s, str) for s in signature):
-        raise InputError(f"a signature of type {type(signature).__name__}", "a file, a Series by gene, or a pair of lists (up, down)", "give an empty list for a side without genes")
+        raise InputError(f"a signature of type {type(signature).__name__}", "a file, a Series by gene, or a pair of lists (up, down)",
+                         "give an empty list for a side without genes")
     up, down = map(list, signature)
     if not up and not down: raise InputError("two empty lists", "genes on one side at least", "name the genes that go up or down")
     return _join(map_genes([*up, *down], book).assign(value=[1.0] * len(up) + [-1.0] * len(down)), book, "up/down lists", "the lists")
 
+# %% ../../nbs/interpret/11_use.ipynb #29885e3a
 def as_signature(
     signature,  # a file, a Series by gene, or (up genes, down genes)
     var: pd.DataFrame,  # genes of the model or library: index of ids, column symbol
@@ -371,8 +416,12 @@ def as_signature(
     least = whole("min_genes", 10 if lists else 100, "100") if min_genes is None else whole("min_genes", min_genes, 100)
     counts = {"up": int((s.values > 0).sum()), "down": int((s.values < 0).sum())} if lists else {"": len(s.values)}
     for side, n in counts.items():
-        if n < least and (n or not lists): raise InputError(f"{n} recognised {side + ' ' if side else ''}genes; {s}", f"at least {least}", "see which names the data uses, or give min_genes if so few are meant")
-    if not lists and np.ptp(s.values) == 0: raise InputError(f"every one of {len(s.values)} values is {s.values.iloc[0]:g}", "values that differ", "give up and down lists if the genes have no values")
+        if n < least and (n or not lists):
+            raise InputError(f"{n} recognised {side + ' ' if side else ''}genes; {s}", f"at least {least}",
+                             "see which names the data uses, or give min_genes if so few are meant")
+    if not lists and np.ptp(s.values) == 0:
+        raise InputError(f"every one of {len(s.values)} values is {s.values.iloc[0]:g}", "values that differ",
+                         "give up and down lists if the genes have no values")
     return s
 
 # %% ../../nbs/interpret/11_use.ipynb #edb3b272
@@ -392,52 +441,66 @@ def _group_of(table: pd.DataFrame) -> np.ndarray:
     t = table.assign(smiles=table.smiles.map(_readable, na_action="ignore").astype(object)) if "smiles" in table else table
     return table.pert.map(structure_groups(t, name="pert").group).to_numpy()
 
+# %% ../../nbs/interpret/11_use.ipynb #eadf555b
 def _of_library(source, cell_line) -> Searched:
     "The rows of a signature table."
     name = "library"
     if not isinstance(source, ad.AnnData): name, source = show_path(source), read(source)
     check(source, name)
-    if source.uns["perturbnb"]["scale"] == "log1p_cp10k": raise InputError(f"{name} holds levels (log1p_cp10k)", "effects against a control", "subtract the control with data.schema.delta")
+    if source.uns["perturbnb"]["scale"] == "log1p_cp10k":
+        raise InputError(f"{name} holds levels (log1p_cp10k)", "effects against a control", "subtract the control with data.schema.delta")
     a = source[(source.obs.pert_type.astype(str) != "control").to_numpy()]
     if not a.n_obs: raise InputError(f"{name} holds controls alone", "treated rows", "name another library")
     lines = sorted(a.obs.cell_line.astype(str).unique())
-    if cell_line is not None and cell_line not in lines: raise InputError(f"cell line {cell_line!r} in no row of {name}", "a line of the library", nearest(cell_line, lines))
+    if cell_line is not None and cell_line not in lines:
+        raise InputError(f"cell line {cell_line!r} in no row of {name}", "a line of the library", nearest(cell_line, lines))
     if cell_line is not None: a = a[(a.obs.cell_line.astype(str) == cell_line).to_numpy()]
     obs = a.obs.assign(pert=a.obs.pert.astype(str), dose_um=pd.to_numeric(a.obs.dose_um, errors="coerce").fillna(0.0).round(9))
     x = a.X.toarray() if hasattr(a.X, "toarray") else np.asarray(a.X)
     what = f"{len(a):,} measured signatures of {obs.pert.nunique():,} perturbations in " + (cell_line or f"{len(lines)} line(s)")
     return Searched(x, obs, a.var, what, _group_of(obs), measured=True)
 
-# %% ../../nbs/interpret/11_use.ipynb #eadf555b
+# %% ../../nbs/interpret/11_use.ipynb #df9ed987
 def _own_candidates(m: Model) -> pd.DataFrame:
     "The training drugs of a model at their trained doses."
     d = domain_of(m)
-    if d is None: raise InputError(f"{m.name} keeps no list of drugs", "candidates, or a model with a training domain", "pass candidates= (a table with pert, smiles and dose_um), or use interpret.domain.attach before saving")
+    if d is None:
+        raise InputError(f"{m.name} keeps no list of drugs", "candidates, or a model with a training domain",
+                         "pass candidates= (a table with pert, smiles and dose_um), or use interpret.domain.attach before saving")
     rows = [{"pert": p, "dose_um": x} for p, doses in d.doses.items() for x in doses]
     if not rows: raise InputError(f"{m.name} was trained without doses", "candidates with doses", "pass candidates=")
     return pd.DataFrame(rows).join(d.drugs[[c for c in ("smiles", "moa") if c in d.drugs]].astype(object), on="pert")
 
+# %% ../../nbs/interpret/11_use.ipynb #c7ce1bab
 def _of_models(models: list, cell_line, given, controls, progress: bool) -> Searched:
     "Predicted effects of the candidates."
     m, known = models[0], known_lines(models[0])
     if cell_line is not None: _, models = _state(models, cell_line, _table(controls))
     elif not known: raise InputError(f"no cell line, and {m.name} keeps no list of lines", "the line to predict in", "pass cell_line")
-    table = candidates(_own_candidates(m) if given is None else given, lines=cell_line or (list(domain_of(m).lines) if domain_of(m) else known))
+    table = candidates(_own_candidates(m) if given is None else given,
+                       lines=cell_line or (list(domain_of(m).lines) if domain_of(m) else known))
     y = [candidate_effects(one, table, progress=progress) for one in models]
     bad = ~np.isfinite(y[0]).all(1)
-    if bad.all(): raise InputError(f"{m.name} predicts none of the {len(table)} candidates", "finite effects", "another baseline, or a model that knows these drugs")
+    if bad.all():
+        raise InputError(f"{m.name} predicts none of the {len(table)} candidates", "finite effects",
+                         "another baseline, or a model that knows these drugs")
     told = m.fallbacks() if len(table) <= 4096 else pd.Series(dtype=int)
-    warn = [f"{m.name}: {note} ({n} of {len(table)} candidates)" for note, n in told.items()] + ([f"{int(bad.sum())} candidates without a prediction are left out"] if bad.any() else [])
-    if (d := domain_of(m)) is not None and cell_line is not None: warn += [t for t, o in measures(d, cell_line=cell_line)[["text", "outside"]].to_numpy() if o]
+    warn = [f"{m.name}: {note} ({n} of {len(table)} candidates)" for note,
+            n in told.items()] + ([f"{int(bad.sum())} candidates without a prediction are left out"] if bad.any() else [])
+    if (d := domain_of(m)) is not None and cell_line is not None: warn += [t for t,
+        o in measures(d, cell_line=cell_line)[["text", "outside"]].to_numpy() if o]
     what = f"{len(table):,} effects predicted by {m.name} ({len(models)} member(s)): {table.pert.nunique():,} drugs in " + (cell_line or f"{table.cell_line.nunique()} training line(s)")
     return Searched(np.mean(y, axis=0)[~bad], table[~bad], m.var, what, _group_of(table)[~bad], tuple(warn))
 
+# %% ../../nbs/interpret/11_use.ipynb #c5811c69
 def _searched(source, cell_line, given, controls, progress: bool = False) -> Searched:
     "A model or a library, made ready."
     cell_line = _text("cell_line", cell_line, "'CVCL_0023'")
     file = isinstance(source, (str, Path)) and Path(source).is_file()
     if not (isinstance(source, ad.AnnData) or file): return _of_models(as_models(source), cell_line, given, controls, progress)
-    if given is not None: raise InputError("candidates with a library", "a library alone: its rows are the candidates", "leave candidates out, or rank with a model")
+    if given is not None:
+        raise InputError("candidates with a library", "a library alone: its rows are the candidates",
+                         "leave candidates out, or rank with a model")
     return _of_library(source, cell_line)
 
 # %% ../../nbs/interpret/11_use.ipynb #0e91f614
@@ -453,6 +516,7 @@ def _lists_of(x: np.ndarray, n_up: int, n_down: int) -> Queries:
     order, n = np.argsort(-x, axis=1, kind="stable").astype(np.int32), x.shape[1]
     return Queries([str(i) for i in range(len(x))], order[:, :n_up], order[:, n - n_down:], n, pd.DataFrame())
 
+# %% ../../nbs/interpret/11_use.ipynb #c2e316fc
 def _asked(sig: Signature, s: Searched, similarity: str, n_random: int, seed: int) -> tuple:
     "Scores of the query and of random ones, a function that scores full signatures alike, and the genes it takes."
     at = s.var.index.get_indexer(sig.values.index)
@@ -493,21 +557,26 @@ def _units(s: Searched, by: str) -> "tuple[np.ndarray, pd.DataFrame]":
     first = s.table.drop(columns=["cell_line"]).iloc[np.unique(codes, return_index=True)[1]]
     return codes, first.set_axis(names)
 
+# %% ../../nbs/interpret/11_use.ipynb #d6470641
 def _standing(scores: np.ndarray, null: np.ndarray, s: Searched, by: str) -> pd.DataFrame:
     "Best score of each unit with its p-values, line and dose; best first."
     codes, found = _units(s, by)
     best, rand = _reduced(scores, codes, len(found), "best")[0], _reduced(null, codes, len(found), "best")
     n, top = len(rand), np.nanmax(rand, axis=1)
-    rows = pd.DataFrame({"code": codes, "score": scores[0], "line": s.table.cell_line.astype(str).to_numpy(), "dose": s.table.dose_um.to_numpy(float)}).dropna(subset="score")
-    at = rows.sort_values(["score", "line", "dose"], ascending=[False, True, True]).drop_duplicates("code").set_index("code").reindex(range(len(found)))
+    rows = pd.DataFrame({"code": codes, "score": scores[0], "line": s.table.cell_line.astype(str).to_numpy(),
+                         "dose": s.table.dose_um.to_numpy(float)}).dropna(subset="score")
+    at = rows.sort_values(["score", "line", "dose"], ascending=[False, True,
+                                                                True]).drop_duplicates("code").set_index("code").reindex(range(len(found)))
     tail = lambda r: np.where(np.isnan(best), np.nan, (1 + (r >= best - 1e-12).sum(0)) / (n + 1))
-    out = pd.DataFrame({"rank": pd.Series(best).rank(ascending=False, method="average"), "pert": found.pert.to_numpy(), "dose_um": at.dose.where(at.dose > 0).to_numpy(), "score": best,
-                        "p": tail(rand), "p_any": tail(top[:, None]), "best_line": at.line.to_numpy(), "n": np.bincount(rows.code, minlength=len(found))})
+    out = pd.DataFrame({"rank": pd.Series(best).rank(ascending=False, method="average"), "pert": found.pert.to_numpy(),
+                        "dose_um": at.dose.where(at.dose > 0).to_numpy(), "score": best,
+                        "p": tail(rand), "p_any": tail(top[:, None]), "best_line": at.line.to_numpy(), "n": np.bincount(rows.code,
+                            minlength=len(found))})
     for c in ("moa", "targets"):
         if c in found: out[c] = found[c].astype(object).to_numpy()
     return out.dropna(subset="score").sort_values(["score", "pert", "dose_um"], ascending=[False, True, True]).reset_index(drop=True)
 
-# %% ../../nbs/interpret/11_use.ipynb #d6470641
+# %% ../../nbs/interpret/11_use.ipynb #6f607e90
 def _quantiles(x: np.ndarray) -> "list | None": return [float(v) for v in np.quantile(x, [0.5, 0.95])] if len(x) else None
 
 def _doubts(sig: Signature, table: pd.DataFrame, null: dict, sign: int) -> list:
@@ -520,14 +589,18 @@ def _doubts(sig: Signature, table: pd.DataFrame, null: dict, sign: int) -> list:
     if null["others_best"] and null["measured"] and best <= null["others_best"][1]: out.append(f"the best score ({best:.3f}) is within what effects of unrelated drugs reach among each other (95 %: {null['others_best'][1]:.3f})")
     return out
 
+# %% ../../nbs/interpret/11_use.ipynb #52b1fe76
 def _checked_rank(by, similarity, lists: bool, top, n_random, reverse) -> str:
     "The similarity that will be used."
     if by not in ("drug", "condition"): raise InputError(f"by={by!r}", "drug or condition", nearest(str(by), ("drug", "condition")))
-    if not isinstance(reverse, (bool, np.bool_)): raise InputError(f"reverse={reverse!r}", "True or False", "True looks for what undoes the signature")
+    if not isinstance(reverse, (bool, np.bool_)):
+        raise InputError(f"reverse={reverse!r}", "True or False", "True looks for what undoes the signature")
     whole("top", top, 20); whole("n_random", n_random, 200, 19)
     if similarity is None: return "wtcs" if lists else "cosine"
-    if not isinstance(similarity, str) or similarity not in METHODS: raise InputError(f"similarity={similarity!r}", ", ".join(METHODS), nearest(str(similarity), METHODS))
-    if lists and similarity in CORRELATIONS: raise InputError(f"similarity={similarity!r} for up and down lists", ", ".join(SCORES), "lists have no values to correlate")
+    if not isinstance(similarity, str) or similarity not in METHODS:
+        raise InputError(f"similarity={similarity!r}", ", ".join(METHODS), nearest(str(similarity), METHODS))
+    if lists and similarity in CORRELATIONS:
+        raise InputError(f"similarity={similarity!r} for up and down lists", ", ".join(SCORES), "lists have no values to correlate")
     return similarity
 
 # %% ../../nbs/interpret/11_use.ipynb #b3c0bc14
@@ -553,13 +626,16 @@ def rank_drugs(
     sig = as_signature(signature, s.var, min_genes=min_genes, **options)
     similarity, sign = _checked_rank(by, similarity, sig.kind == "up/down lists", top, n_random, reverse), -1 if reverse else 1
     if sig.kind != "up/down lists" and similarity not in CORRELATIONS and len(sig.values) < s.effects.shape[1]:
-        s = Searched(s.effects[:, s.var.index.get_indexer(sig.values.index)], s.table, s.var.loc[sig.values.index], s.what, s.groups, s.warnings, s.measured)
+        s = Searched(s.effects[:, s.var.index.get_indexer(sig.values.index)], s.table, s.var.loc[sig.values.index], s.what, s.groups,
+                     s.warnings, s.measured)
     scores, null, score, at = _asked(sig, s, similarity, n_random, seed)
     if np.isnan(scores).all(): raise InputError("no candidate has a score", "effects that are not all zero", "another model, or more genes")
     table, rand = _standing(sign * scores, sign * null, s, by), np.nanmax(sign * null, axis=1)
     others = _others(s, score, at, sign, seed)
-    about = {"n_random": n_random, "random_best": _quantiles(rand), "others_best": _quantiles(others), "n_others": len(others), "measured": s.measured}
-    settings = {"similarity": similarity, "reverse": bool(reverse), "by": by, "cell_line": cell_line, "seed": seed, "top": top, "n_genes": len(sig.values), "signature": sig.kind}
+    about = {"n_random": n_random, "random_best": _quantiles(rand), "others_best": _quantiles(others), "n_others": len(others),
+             "measured": s.measured}
+    settings = {"similarity": similarity, "reverse": bool(reverse), "by": by, "cell_line": cell_line, "seed": seed, "top": top,
+                "n_genes": len(sig.values), "signature": sig.kind}
     return RankTable(table, str(sig), s.what, about, (*s.warnings, *_doubts(sig, table, about, sign)), settings)
 
 # %% ../../nbs/interpret/11_use.ipynb #76c41676
@@ -576,11 +652,13 @@ def _rank_text(self, top: "int | None" = None) -> str:
     if null["others_best"]: facts.append(f"{'measured' if null['measured'] else 'predicted'} effects of unrelated drugs reach {null['others_best'][0]:.3f} among each other "
                                          f"(median of {null['n_others']}; 95 %: {null['others_best'][1]:.3f})")
     end = [f"{len(t)} of {len(self.table):,} {'drugs' if st.get('by') == 'drug' else 'drug doses'}; p: random signatures at this drug, p_any: anywhere; none can be below 1/{null['n_random'] + 1}"] if n else []
-    return _screen("Drugs that reverse the signature" if st.get("reverse") else "Drugs that resemble the signature", facts, self.warnings, lines if n else [], end)
+    return _screen("Drugs that reverse the signature" if st.get("reverse") else "Drugs that resemble the signature", facts,
+                   self.warnings, lines if n else [], end)
 
 def _save_rank(self, path: "str | Path") -> Path:
     "Write the whole ranking and its account."
-    return write_answer(self.table, path, {"answer": "rank", "overlap": self.overlap, "searched": self.searched, "null": self.null, "warnings": self.warnings, "settings": self.settings})
+    return write_answer(self.table, path, {"answer": "rank", "overlap": self.overlap, "searched": self.searched, "null": self.null,
+                                           "warnings": self.warnings, "settings": self.settings})
 
 RankTable.text, RankTable.save = _rank_text, _save_rank
 
@@ -598,10 +676,13 @@ def predict_command(
     if dose_um is None: raise InputError("no dose", "a dose in micromolar", "add --dose-um, for example --dose-um 1")
     if cell_line is None: raise InputError("no cell line", "the name of a line", "add --cell-line")
     top = whole("top", top, 20)
-    if out is not None and Path(out).suffix.lower() != ".csv": raise InputError(f"the file {Path(out).name!r}", "a name that ends in .csv", "for example effect.csv")
-    found = predict_effect(model, smiles=smiles, drug=drug, cell_line=cell_line, dose_um=dose_um, controls=controls, level=level, interval=interval)
+    if out is not None and Path(out).suffix.lower() != ".csv":
+        raise InputError(f"the file {Path(out).name!r}", "a name that ends in .csv", "for example effect.csv")
+    found = predict_effect(model, smiles=smiles, drug=drug, cell_line=cell_line, dose_um=dose_um, controls=controls, level=level,
+                           interval=interval)
     return found.text(top) + ("" if out is None else f"\nwritten: {found.save(out)} and {Path(out).name}.json")
 
+# %% ../../nbs/interpret/11_use.ipynb #ff42e567
 def rank_command(
     source: "str | Path | Sequence",  # folder of a model or of one for each seed, or a library (.h5ad)
     signature: "str | Path",  # file
@@ -611,11 +692,16 @@ def rank_command(
     **options,  # as rank_drugs
 ) -> str:  # what to print
     "Answer `perturbnb rank`."
-    if out is not None and Path(out).suffix.lower() != ".csv": raise InputError(f"the file {Path(out).name!r}", "a name that ends in .csv", "for example ranking.csv")
-    if isinstance(source, (str, Path)) and not Path(source).exists(): raise MissingFile(f"no {source}", "a model folder or a library (.h5ad)", "check the path")
-    if isinstance(source, (str, Path)) and Path(source).is_file() and Path(source).suffix != ".h5ad": raise InputError(f"the file {Path(source).name!r}", "a model folder or a library (.h5ad)", "name one of these first, then the signature")
+    if out is not None and Path(out).suffix.lower() != ".csv":
+        raise InputError(f"the file {Path(out).name!r}", "a name that ends in .csv", "for example ranking.csv")
+    if isinstance(source, (str, Path)) and not Path(source).exists():
+        raise MissingFile(f"no {source}", "a model folder or a library (.h5ad)", "check the path")
+    if isinstance(source, (str, Path)) and Path(source).is_file() and Path(source).suffix != ".h5ad":
+        raise InputError(f"the file {Path(source).name!r}", "a model folder or a library (.h5ad)",
+                         "name one of these first, then the signature")
     if isinstance(candidates, (str, Path)):
-        if not Path(candidates).is_file(): raise MissingFile(f"no file {candidates}", "a CSV with pert, smiles and dose_um", "check the path")
+        if not Path(candidates).is_file():
+            raise MissingFile(f"no file {candidates}", "a CSV with pert, smiles and dose_um", "check the path")
         candidates = pd.read_csv(candidates)
     found = rank_drugs(source, signature, candidates=candidates, **{"progress": True, **options})
     return found.text() + ("" if out is None else f"\nwritten: {found.save(out)} and {Path(out).name}.json")

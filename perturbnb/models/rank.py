@@ -40,7 +40,8 @@ def _about(treated: pd.DataFrame) -> pd.DataFrame:
         n = facts.groupby("pert", observed=True)[c].nunique()
         for p in n.index[n > 1][:1]:
             values = sorted(map(str, facts.loc[facts.pert == p, c].dropna().unique()))[:2]
-            raise InputError(f"{p!r} has {n[p]} values of {c}: {', '.join(values)}", f"one {c} for each drug", "name the two drugs apart, or drop one")
+            raise InputError(f"{p!r} has {n[p]} values of {c}: {', '.join(values)}", f"one {c} for each drug",
+                             "name the two drugs apart, or drop one")
     return facts.groupby("pert", observed=True)[have].first()
 
 def _one_of(asked, have, what: str) -> list:
@@ -73,11 +74,13 @@ def candidates(
     out.index = out.pert + "|" + out.dose_um.astype(str) + "|" + out.cell_line
     return out.join(_about(treated.astype({"pert": str})), on="pert")
 
+# %% ../../nbs/models/08b_rank.ipynb #e14f3712
 def _doses(doses) -> list:
     "Doses that are numbers above 0."
     try: out = [float(d) for d in np.atleast_1d(doses)]
     except (TypeError, ValueError): out = [np.nan]
-    if not out or not all(0 < d < np.inf for d in out): raise InputError(f"doses={doses!r}", "numbers above 0, in micromolar", "for example doses=[0.05, 0.5, 5]")
+    if not out or not all(0 < d < np.inf for d in out):
+        raise InputError(f"doses={doses!r}", "numbers above 0, in micromolar", "for example doses=[0.05, 0.5, 5]")
     return sorted(set(out))
 
 # %% ../../nbs/models/08b_rank.ipynb #eeb6aaad
@@ -100,6 +103,7 @@ def _measured(adata: ad.AnnData, table: pd.DataFrame) -> np.ndarray:
     out[groups] = sums / np.bincount(at[at >= 0])[groups][:, None]
     return out
 
+# %% ../../nbs/models/08b_rank.ipynb #a969be44
 def candidate_effects(
     source: "Model | Library",  # a fitted condition model, or measured signatures
     table: pd.DataFrame,  # from `candidates`
@@ -109,7 +113,8 @@ def candidate_effects(
     "The effect of each candidate."
     if isinstance(source, Library): return _measured(source.table, table)
     if getattr(source, "input", None) != "condition" or not hasattr(source, "predict"):
-        raise InputError(f"a {type(source).__name__}", "a model that predicts effects from conditions, or a Library", "see models.baselines.baseline_table")
+        raise InputError(f"a {type(source).__name__}", "a model that predicts effects from conditions, or a Library",
+                         "see models.baselines.baseline_table")
     from tqdm import tqdm
     at = tqdm(range(0, len(table), block), desc="predict candidates", unit="block", disable=not progress, delay=2)
     return np.concatenate([np.asarray(source.predict(table.iloc[i:i + block]), np.float32) for i in at])
@@ -122,9 +127,11 @@ def _unit_rows(effects: np.ndarray, kind: str) -> "tuple[np.ndarray, np.ndarray]
     once = _distinct(effects)
     first, which = (np.arange(len(effects)), np.arange(len(effects))) if once is None else once
     out = np.empty((len(first), effects.shape[1]), np.float32)
-    for part in np.array_split(np.arange(len(first)), -(-len(first) // 8192)): out[part] = _unit(_finite(effects[first[part]], "table of effects"), kind)
+    for part in np.array_split(np.arange(len(first)), -(-len(first) // 8192)): out[part] = _unit(_finite(effects[first[part]],
+        "table of effects"), kind)
     return out, which
 
+# %% ../../nbs/models/08b_rank.ipynb #37f568a2
 def scorer(
     effects: np.ndarray,  # candidates by genes; rows of NaN are unknown
     similarity: str = "cosine",  # one of METHODS
@@ -140,14 +147,18 @@ def scorer(
     def of(queries: np.ndarray) -> np.ndarray:
         out = np.full((len(queries), len(effects)), np.nan)
         if not known.any() or not len(queries): return out
-        if np.shape(queries)[1] != n: raise InputError(f"queries of {np.shape(queries)[1]} genes and effects of {n}", "the same genes", "see common_genes")
-        if similarity not in CORRELATIONS: out[:, known] = SCORES[similarity](effects[known], top_genes(queries, max(1, min(n_top, n // 4))), **more)
+        if np.shape(queries)[1] != n:
+            raise InputError(f"queries of {np.shape(queries)[1]} genes and effects of {n}", "the same genes", "see common_genes")
+        if similarity not in CORRELATIONS: out[:, known] = SCORES[similarity](effects[known],
+            top_genes(queries, max(1, min(n_top, n // 4))), **more)
         else: out[:, known] = np.clip(_unit(_finite(queries, "query"), similarity).astype(np.float32) @ unit.T, -1, 1)[:, which]
         return out
     return of
 
+# %% ../../nbs/models/08b_rank.ipynb #6023299b
 def _chosen(what: str, value, known: tuple) -> None:
-    if not isinstance(value, str) or value not in known: raise InputError(f"{what}={value!r}", " or ".join(known), nearest(str(value), known))
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"{what}={value!r}", " or ".join(known), nearest(str(value), known))
 
 # %% ../../nbs/models/08b_rank.ipynb #95df0bb6
 LINES, REDUCE = ("same", "all"), ("best", "mean")
@@ -167,7 +178,8 @@ def _reduced(scores: np.ndarray, codes: np.ndarray, n: int, reduce: str) -> np.n
     if reduce == "best": out[:, which] = np.fmax.reduceat(x, start, axis=1)
     else:
         count = np.add.reduceat(np.isfinite(x).astype(float), start, axis=1)
-        out[:, which] = np.divide(np.add.reduceat(np.nan_to_num(x), start, axis=1), count, out=np.full(count.shape, np.nan), where=count > 0)
+        out[:, which] = np.divide(np.add.reduceat(np.nan_to_num(x), start, axis=1), count, out=np.full(count.shape, np.nan),
+                                  where=count > 0)
     return out
 
 # %% ../../nbs/models/08b_rank.ipynb #0b798414
@@ -188,9 +200,12 @@ def search_scores(
     x, of = (-1 if reverse else 1) * np.asarray(queries, float), np.asarray(query_lines, str)
     codes, found = _condition_codes(table)
     out, here = np.full((len(x), len(found)), np.nan), table.cell_line.astype(str).to_numpy()
-    parts = [(np.arange(len(x)), np.arange(len(table)))] if lines == "all" else [(np.flatnonzero(of == l), np.flatnonzero(here == l)) for l in np.unique(of)]
+    parts = [(np.arange(len(x)), np.arange(len(table)))] if lines == "all" else [(np.flatnonzero(of == l),
+        np.flatnonzero(here == l)) for l in np.unique(of)]
     for q, rows in parts:
-        if not len(rows): raise InputError(f"no candidate in the line {str(of[q[0]])!r} of a query", f"a line of the candidates: {', '.join(np.unique(here)[:6])}",
+        if not len(rows):
+            raise InputError(f"no candidate in the line {str(of[q[0]])!r} of a query",
+                             f"a line of the candidates: {', '.join(np.unique(here)[:6])}",
                                            "add that line to the candidates, or rank with lines='all'")
         score = scorer(effects[rows], similarity)
         for some in np.array_split(q, max(1, -(-len(q) // block))): out[some] = _reduced(score(x[some]), codes[rows], len(found), reduce)
@@ -201,13 +216,17 @@ def _queries(query, cell_line) -> "tuple[pd.DataFrame, np.ndarray]":
     "Queries by genes, and the line of each."
     if isinstance(query, pd.Series): query = query.to_frame(query.name if isinstance(query.name, str) else "query").T
     table = query if isinstance(query, pd.DataFrame) else query.to_df() if isinstance(query, ad.AnnData) else None
-    if table is None: raise InputError(f"a {type(query).__name__}", "a Series, a DataFrame (queries by genes) or a signature table", "index the values by gene")
+    if table is None:
+        raise InputError(f"a {type(query).__name__}", "a Series, a DataFrame (queries by genes) or a signature table",
+                         "index the values by gene")
     try: table = table.astype(float)
-    except (TypeError, ValueError): raise InputError("a query that is not all numbers", "one number for each gene", "drop the columns that are no genes") from None
+    except (TypeError, ValueError): raise InputError("a query that is not all numbers", "one number for each gene",
+                                                     "drop the columns that are no genes") from None
     if not len(table): raise InputError("no query", "at least one signature", "pass one")
     if cell_line is None and isinstance(query, ad.AnnData): cell_line = query.obs.cell_line.astype(str).tolist()
     lines = [cell_line] * len(table) if cell_line is None or isinstance(cell_line, str) else list(cell_line)
-    if len(lines) != len(table): raise InputError(f"{len(lines)} lines for {len(table)} queries", "one for each query", "pass one name, or as many as queries")
+    if len(lines) != len(table):
+        raise InputError(f"{len(lines)} lines for {len(table)} queries", "one for each query", "pass one name, or as many as queries")
     return table, np.array([str(v) for v in lines])
 
 def ranked(
@@ -216,6 +235,7 @@ def ranked(
     "Ranks of candidates."
     return scores.rank(ascending=False, method="average")
 
+# %% ../../nbs/models/08b_rank.ipynb #1c6d2302
 def _one_ranking(name: str, s: np.ndarray, table: pd.DataFrame, codes: np.ndarray, found: pd.DataFrame, reduce: str) -> pd.DataFrame:
     "All candidates of a query, best first."
     score = pd.Series(_reduced(s[None], codes, len(found), reduce)[0], found.index)
@@ -242,11 +262,13 @@ def rank_candidates(
     "Candidates ranked by how alike their effect is to a query."
     _chosen("lines", lines, LINES); _chosen("reduce", reduce, REDUCE)
     x, of = _queries(query, cell_line)
-    if lines == "same" and "None" in of: raise InputError("no cell line of the query", "the line that the signature was measured in", "give cell_line, or lines='all'")
+    if lines == "same" and "None" in of:
+        raise InputError("no cell line of the query", "the line that the signature was measured in", "give cell_line, or lines='all'")
     mine, theirs = common_genes(_genes_of(source), x.columns, whole("min_common", min_common, 100))
     if lines == "same": table = table[np.isin(table.cell_line.astype(str), of)]
     for l in sorted(set(of.tolist()) - set(table.cell_line.astype(str))) if lines == "same" else ():
-        raise InputError(f"no candidate in the line {l!r} of a query", "a line of the candidates", "add that line to the candidates, or rank with lines='all'")
+        raise InputError(f"no candidate in the line {l!r} of a query", "a line of the candidates",
+                         "add that line to the candidates, or rank with lines='all'")
     effects, (codes, found) = candidate_effects(source, table)[:, mine], _condition_codes(table)
     similarity = similarity or getattr(source, "similarity", "cosine")
     s = scorer(effects, similarity)((-1 if reverse else 1) * x.to_numpy()[:, theirs])
@@ -260,7 +282,8 @@ def by_drug(
 ) -> pd.DataFrame:  # a row for each query and drug: rank, score, best_dose_um, n_doses and what is known of the drug
     "A ranking of drugs from a ranking of (drug, dose)."
     _chosen("by", by, REDUCE)
-    top = table.sort_values(["score", *CONDITION], ascending=[False, True, True]).drop_duplicates(["query", "pert"]).rename(columns={"dose_um": "best_dose_um"})
+    top = table.sort_values(["score", *CONDITION], ascending=[False, True, True]).drop_duplicates(["query",
+        "pert"]).rename(columns={"dose_um": "best_dose_um"})
     scored = table.groupby(["query", "pert"], sort=False).score.agg(["mean", "count"]).reset_index()
     out = top.merge(scored, on=["query", "pert"]).rename(columns={"count": "n_doses"})
     if by == "mean": out["score"] = out["mean"]
@@ -280,7 +303,8 @@ def demo_bulk() -> ad.AnnData:  # groups by genes, controls included; what `data
     read = lambda f, name: f(root / f"metadata/{name}_metadata.parquet")
     cells = tahoe.read_cells(tahoe.shards(root), read(tahoe.read_genes, "gene"), samples=read(tahoe.read_samples, "sample"))
     cells.obs = cells.obs.rename(columns=_RENAMED)
-    bulk, drugs = pseudobulk(cells, ["pert", "cell_line", "dose_um", "batch"], source="demo"), read(tahoe.read_drugs, "drug").set_index("drug")
+    bulk, drugs = pseudobulk(cells, ["pert", "cell_line", "dose_um", "batch"], source="demo"), read(tahoe.read_drugs,
+        "drug").set_index("drug")
     joined = lambda text: None if not isinstance(text, str) else "+".join(sorted({t.strip() for t in text.split(",")}))
     about = pd.DataFrame({"smiles": drugs.canonical_smiles, "moa": drugs["moa-fine"], "targets": drugs.targets.map(joined)})
     control = tahoe.is_control(bulk.obs.pert)
@@ -301,18 +325,22 @@ def inverse_baselines(
     return {"connectivity": Library(train, "wtcs"), "nearest_signature": Library(train, "cosine"),
             **{name: baseline(name, **o).fit(train) for name, o in options.items()}}
 
+# %% ../../nbs/models/08b_rank.ipynb #9e4f3b58
 def _no_leak(name: str, source, queries: ad.AnnData, split) -> None:
     "LeakError if a method was made from rows of another part or for another split."
     about = getattr(source, "split", None) or {}
     if about.get("hash") not in (None, split.hash):
-        raise LeakError(f"{name!r} was trained under another split ({about.get('name')}, {about['hash'][:12]})", f"{split.name}, {split.hash[:12]}", "train it on the train part of this split")
+        raise LeakError(f"{name!r} was trained under another split ({about.get('name')}, {about['hash'][:12]})",
+                        f"{split.name}, {split.hash[:12]}", "train it on the train part of this split")
     if not isinstance(source, Library): return
     for row in source.table.obs_names.difference(split.part("train"))[:1]:
-        raise LeakError(f"the library {name!r} holds {row!r}, which is not in train", "training rows alone", "use adata[split.mask(adata, 'train')]")
+        raise LeakError(f"the library {name!r} holds {row!r}, which is not in train", "training rows alone",
+                        "use adata[split.mask(adata, 'train')]")
     dense = lambda a: np.asarray(a.X.toarray() if hasattr(a.X, "toarray") else a.X, float) + 0.0
     seen = {row.tobytes() for row in dense(source.table[:, queries.var_names])}
     for q, row in zip(queries.obs_names, dense(queries)):
-        if row.any() and row.tobytes() in seen: raise LeakError(f"the library {name!r} holds a signature equal to the query {q!r}", "training rows alone", "drop the copy")
+        if row.any() and row.tobytes() in seen:
+            raise LeakError(f"the library {name!r} holds a signature equal to the query {q!r}", "training rows alone", "drop the copy")
 
 # %% ../../nbs/models/08b_rank.ipynb #5bf7c03e
 def _by_rows(s: np.ndarray, lines: str, queries: ad.AnnData, table: pd.DataFrame, reduce: str) -> np.ndarray:
@@ -323,7 +351,8 @@ def _by_rows(s: np.ndarray, lines: str, queries: ad.AnnData, table: pd.DataFrame
 
 def _method_scores(source, queries: ad.AnnData, table: pd.DataFrame, lines: str, reduce: str, similarity: str, effects) -> np.ndarray:
     "Scores of a method, queries by (drug, dose)."
-    blind = ad.AnnData(queries.X, pd.DataFrame(index=[f"query {i}" for i in range(queries.n_obs)]), queries.var.copy(), uns={"perturbnb": dict(queries.uns["perturbnb"])})
+    blind = ad.AnnData(queries.X, pd.DataFrame(index=[f"query {i}" for i in range(queries.n_obs)]), queries.var.copy(),
+                       uns={"perturbnb": dict(queries.uns["perturbnb"])})
     if hasattr(source, "score_candidates"): return _by_rows(source.score_candidates(blind, table), lines, queries, table, reduce)
     if getattr(source, "input", "") == "profile":
         by_name = pd.DataFrame(source.predict(blind), columns=list(map(str, source.classes_)))
@@ -356,6 +385,7 @@ class InverseEvaluation:
         chance = s.groupby(["lines", "relevance"]).chance.mean().map("{:.3f}".format)
         return pd.concat([out, chance.to_frame("chance").T.reindex(columns=out.columns)])
 
+# %% ../../nbs/models/08b_rank.ipynb #18568bda
 def _one_summary(part: pd.DataFrame, ids: list, about: dict, seed: int) -> list:
     "Means of one method over its queries, and the median rank."
     out = []
@@ -369,9 +399,10 @@ def _one_summary(part: pd.DataFrame, ids: list, about: dict, seed: int) -> list:
         out.append({**about, "id": "median_rank", **_ends(e), "chance": ranks["chance: first_rank@1"].median()})
     return out
 
-def _ends(e: Estimate) -> dict: return {"value": e.value, "low": e.low, "high": e.high, "n": e.n, "n_groups": e.n_groups, "n_undefined": e.n_left_out, "note": e.note}
+def _ends(e: Estimate) -> dict: return {"value": e.value, "low": e.low, "high": e.high, "n": e.n, "n_groups": e.n_groups,
+                                        "n_undefined": e.n_left_out, "note": e.note}
 
-# %% ../../nbs/models/08b_rank.ipynb #18568bda
+# %% ../../nbs/models/08b_rank.ipynb #cf63c937
 def _inverse_differences(values: pd.DataFrame, ids: list, baselines: list, seed: int) -> pd.DataFrame:
     "Every other method minus every baseline, on the same queries."
     out = []
@@ -381,7 +412,8 @@ def _inverse_differences(values: pd.DataFrame, ids: list, baselines: list, seed:
             if by[m][i].isna().all(): continue
             e = paired_difference(by[m][i], by[b][i], by[m].group, seed=seed)
             ends = _ends(e)
-            out.append({"lines": lines, "relevance": rel, "id": i, "method": m, "baseline": b, "difference": ends.pop("value"), **ends, "p": e.p})
+            out.append({"lines": lines, "relevance": rel, "id": i, "method": m, "baseline": b, "difference": ends.pop("value"), **ends,
+                        "p": e.p})
     names = ["lines", "relevance", "id", "method", "baseline", "difference", "low", "high", "p", "p_adjusted", "n", "n_groups", "note"]
     return pd.DataFrame(out).assign(p_adjusted=lambda t: adjust_p(t.p))[names] if out else pd.DataFrame(columns=names)
 
@@ -389,8 +421,10 @@ def _groups_of(adata: ad.AnnData) -> pd.Series:
     "Structure group of each drug."
     return structure_groups(adata.obs[adata.obs.pert_type.astype(str) != "control"], name="pert")["group"]
 
+# %% ../../nbs/models/08b_rank.ipynb #3c2a8587
 def _checked_inverse(methods: dict, baselines, part: str, relevances, adata) -> "tuple[list, list]":
-    if not isinstance(methods, dict) or not methods: raise InputError("no method", "name -> fitted model or Library", "see inverse_baselines")
+    if not isinstance(methods, dict) or not methods:
+        raise InputError("no method", "name -> fitted model or Library", "see inverse_baselines")
     for b in baselines:
         if b not in methods: raise InputError(f"baseline {b!r}", "the name of a method", nearest(b, methods))
     if part not in ("val", "test"): raise InputError(f"part={part!r}", "val or test", "queries are held-out signatures")
@@ -398,7 +432,7 @@ def _checked_inverse(methods: dict, baselines, part: str, relevances, adata) -> 
     for r in asked: _chosen("relevance", r, tuple(RELEVANCE))
     return list(baselines), asked
 
-# %% ../../nbs/models/08b_rank.ipynb #cf63c937
+# %% ../../nbs/models/08b_rank.ipynb #74c8bd24
 def inverse_evaluation(
     methods: dict,  # name -> fitted condition or profile model, Library, or what has score_candidates
     adata: ad.AnnData,  # signature table: all rows, with doses and structures
@@ -430,6 +464,7 @@ def inverse_evaluation(
             values += [_values(s, y, ids, obs, dict(method=name, kind=kind, lines=how, relevance=r)) for r, y in right.items()]
     return _inverse(pd.concat(values, ignore_index=True), ids, baselines, proved, seed, len(queries), len(right[asked[0]][0]))
 
+# %% ../../nbs/models/08b_rank.ipynb #41f7eec7
 def _values(s: np.ndarray, y: np.ndarray, ids: list, obs: pd.DataFrame, about: dict) -> pd.DataFrame:
     "Every metric of every query."
     r = evaluate(s, y, metrics=ids, index=obs.index)
