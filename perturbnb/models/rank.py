@@ -395,7 +395,7 @@ def _one_summary(part: pd.DataFrame, ids: list, about: dict, seed: int) -> list:
         out.append({**about, "id": i, **_ends(e), "chance": part["chance: " + i].where(part[i].notna()).mean()})
     ranks = part.dropna(subset="first_rank@1") if "first_rank@1" in ids else part[:0]
     if len(ranks):
-        e = bootstrap(np.median, ranks["first_rank@1"].to_numpy(), ranks.group.to_numpy(), method="percentile", n_boot=500, seed=seed)
+        e = bootstrap(np.median, ranks["first_rank@1"].to_numpy(), ranks.group.to_numpy(), method="percentile", n_boot=300, seed=seed)
         out.append({**about, "id": "median_rank", **_ends(e), "chance": ranks["chance: first_rank@1"].median()})
     return out
 
