@@ -1,0 +1,289 @@
+"Predicting the effect of a compound and ranking drugs for a signature: what comes out, and a long list of bad input."
+import json
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturbnb.core import PerturbError, file_hash, rng
+from perturbnb.data.audit import LeakError
+from perturbnb.data.schema import write
+from perturbnb.data.split import split
+from perturbnb.interpret.domain import Domain, attach, domain_of, left_out_errors, line_distance, measures, outside, training_domain
+from perturbnb.interpret.use import (as_signature, calibrate, hierarchical_width, predict_command, predict_effect, rank_command,
+                                     rank_drugs)
+from perturbnb.models.base import example_table, load_model
+from perturbnb.models.baselines import baseline
+from perturbnb.models.rank import Library, by_drug, candidate_effects, candidates, inverse_baselines, inverse_evaluation, rank_candidates
+
+SMILES = {"aspirin": "CC(=O)Oc1ccccc1C(=O)O", "ibuprofen": "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "naproxen": "COc1ccc2cc(ccc2c1)C(C)C(=O)O",
+          "caffeine": "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "theophylline": "Cn1c(=O)c2[nH]cnc2n(C)c1=O", "ethanol": "CCO", "phenol": "Oc1ccccc1",
+          "glucose": "OCC1OC(O)C(O)C(O)C1O", "nicotine": "CN1CCCC1c1cccnc1", "paracetamol": "CC(=O)Nc1ccc(O)cc1", "benzoic": "OC(=O)c1ccccc1",
+          "nameless": None}
+LINES, GENES, SALT = ["L1", "L2", "L3"], 120, "CC(=O)Oc1ccccc1C(=O)[O-].[Na+]"
+
+
+@pytest.fixture(scope="module")
+def screen():
+    "Twelve drugs in three lines at two doses: an effect of the drug, scaled by line and dose, and noise."
+    gen, names = rng(0, "tests.use"), list(SMILES)
+    own = gen.standard_normal((len(names), GENES))
+    rows = [(i, l, d) for i in range(len(names)) for l in range(3) for d in (0.1, 1.0)]
+    x = np.array([own[i] * (0.7 + 0.3 * l) * (0.5 + d / 2) for i, l, d in rows]) / 2 + 0.1 * gen.standard_normal((len(rows), GENES))
+    table = example_table([names[i] for i, _, _ in rows], x, [LINES[l] for _, l, _ in rows], genes=[f"ENSG{j:011d}" for j in range(GENES)])
+    table.obs["dose_um"] = [d for *_, d in rows]
+    table.obs["smiles"] = [SMILES[names[i]] for i, *_ in rows]
+    table.obs["moa"] = ["acid" if "OC(=O)" in str(s) or "C(=O)O" in str(s) else "unclear" for s in table.obs.smiles]
+    table.obs_names = table.obs.pert + "|" + table.obs.cell_line + "|" + table.obs.dose_um.astype(str)
+    table.obs = table.obs.drop(columns="replicate", errors="ignore")
+    table.var["symbol"] = [f"SYM{j}" for j in range(GENES)]
+    return table
+
+
+@pytest.fixture(scope="module")
+def controls():
+    gen = rng(1, "tests.use")
+    obs = pd.DataFrame({"pert": "DMSO", "pert_type": "control", "cell_line": [*LINES, "L9"], "dose_um": 0.0, "time_h": 24.0, "batch": "b1", "n_cells": 100},
+                       index=[f"c{i}" for i in range(4)])
+    x = np.abs(gen.standard_normal((4, GENES)) * 0.2 + 3)
+    x[3] = np.abs(x[3] + gen.standard_normal(GENES) * 2)
+    var = pd.DataFrame({"symbol": [f"SYM{j}" for j in range(GENES)]}, [f"ENSG{j:011d}" for j in range(GENES)])
+    return ad.AnnData(x, obs, var, uns={"perturbnb": {"scale": "log1p_cp10k", "reference": "none", "source": "test", "hash": "1" * 64}})
+
+
+@pytest.fixture(scope="module")
+def model(screen, controls):
+    make = lambda: baseline("ridge_morgan", dose=True)
+    return attach(make().fit(screen), training_domain(screen, controls=controls, errors=left_out_errors(make, screen)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model, screen, controls):
+    "A folder with a saved model, a library, controls, and some files that are none of these."
+    folder = tmp_path_factory.mktemp("use")
+    model.save(folder / "model")
+    baseline("drug_mean").fit(screen).save(folder / "mean")
+    baseline("knn_pca", label="moa").fit(screen).save(folder / "profile")
+    (folder / "empty").mkdir()
+    write(screen, folder / "library.h5ad")
+    write(controls, folder / "controls.h5ad")
+    pd.Series(np.asarray(screen.X)[0], screen.var.symbol, name="log2fc").rename_axis("symbol").to_csv(folder / "sig.csv")
+    (folder / "few.csv").write_text("symbol,log2fc\nSYM1,1\nSYM2,-1\n")
+    (folder / "other.csv").write_text("symbol,log2fc\n" + "".join(f"XYZ{i},{i}\n" for i in range(200)))
+    (folder / "words.csv").write_text("symbol,log2fc\n" + "".join(f"SYM{i},high\n" for i in range(120)))
+    (folder / "flat.csv").write_text("symbol,log2fc\n" + "".join(f"SYM{i},2\n" for i in range(120)))
+    (folder / "nothing.csv").write_text("")
+    (folder / "up.gmt").write_text("MINE_UP\tx\t" + "\t".join(f"SYM{i}" for i in range(20)) + "\nMINE_DN\tx\t" + "\t".join(f"SYM{i}" for i in range(50, 70)) + "\n")
+    return folder
+
+
+ASK = dict(smiles=SMILES["caffeine"], cell_line="L1", dose_um=1.0)
+
+BAD_PREDICT = {
+    "no SMILES that can be read": (dict(smiles="C1CC("), "cannot be read"),
+    "words for a SMILES": (dict(smiles="not a smiles"), "cannot be read"),
+    "an empty SMILES": (dict(smiles=" "), "smiles=' '"),
+    "NaN for a SMILES": (dict(smiles=np.nan), "smiles=nan"),
+    "a number for a SMILES": (dict(smiles=5), "smiles=5"),
+    "neither drug nor structure": (dict(smiles=None), "neither a structure nor a drug"),
+    "an unknown drug": (dict(smiles=None, drug="cafeine"), "did you mean 'caffeine'"),
+    "another drug's structure": (dict(drug="aspirin"), "not its own"),
+    "an unknown line": (dict(cell_line="L4"), "no controls"),
+    "an empty line": (dict(cell_line=""), "cell_line=''"),
+    "no line": (dict(cell_line=None), "no cell line"),
+    "a number for a line": (dict(cell_line=3), "cell_line=3"),
+    "dose 0": (dict(dose_um=0), "dose_um=0"),
+    "a negative dose": (dict(dose_um=-1), "dose_um=-1"),
+    "NaN for a dose": (dict(dose_um=np.nan), "dose_um=nan"),
+    "an infinite dose": (dict(dose_um=np.inf), "dose_um=inf"),
+    "a dose in words": (dict(dose_um="1 uM"), "dose_um='1 uM'"),
+    "True for a dose": (dict(dose_um=True), "dose_um=True"),
+    "None for a dose": (dict(dose_um=None), "dose_um=None"),
+    "a list of doses": (dict(dose_um=[1, 2]), "dose_um=[1, 2]"),
+    "a dose beyond one mole in a litre": (dict(dose_um=1e9), "dose_um=1000000000.0"),
+    "level 2": (dict(level=2), "level=2"),
+    "level in words": (dict(level="95%"), "level='95%'"),
+    "an unknown interval": (dict(interval="ensembel"), "did you mean 'ensemble'"),
+    "an ensemble of one": (dict(interval="ensemble"), "two members or more"),
+    "dropout without a network": (dict(interval="dropout"), "sample()"),
+    "no calibration": (dict(interval="calibrated"), "run calibrate"),
+    "controls that are no file": (dict(controls="nowhere.h5ad"), "no file nowhere.h5ad"),
+    "controls of another type": (dict(controls=[1]), "an AnnData of control rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PREDICT)
+def test_bad_questions(model, name):
+    change, words = BAD_PREDICT[name]
+    with pytest.raises(PerturbError) as e: predict_effect(model, **{**ASK, **change})
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_models(place, screen):
+    for bad, words in (("nowhere", "no nowhere"), (place / "empty", "holds no model"), (place / "profile", "profile model"), (place / "sig.csv", "no "),
+                       (None, "NoneType"), ([], "no model"), (baseline("mean"), "is not fitted"), ([place / "model", baseline("mean").fit(screen[:, :100].copy())], "the same genes")):
+        with pytest.raises(PerturbError, match=words): predict_effect(bad, **ASK)
+
+
+BAD_RANK = {
+    "no file": (dict(signature="nowhere.csv"), "no file nowhere.csv"),
+    "an empty file": (dict(signature="nothing.csv"), ""),
+    "two genes": (dict(signature="few.csv"), "at least 100"),
+    "other genes": (dict(signature="other.csv"), "0 of 200 names found"),
+    "words for values": (dict(signature="words.csv"), "'high'"),
+    "one value": (dict(signature="flat.csv"), "values that differ"),
+    "an unknown line": (dict(cell_line="L4"), "did you mean"),
+    "an unknown similarity": (dict(similarity="cosin"), "did you mean 'cosine'"),
+    "correlation of lists": (dict(signature="up.gmt", similarity="pearson"), "no values to correlate"),
+    "an unknown by": (dict(by="drugs"), "did you mean 'drug'"),
+    "top 0": (dict(top=0), "top=0"),
+    "few random signatures": (dict(n_random=5), "n_random=5"),
+    "reverse in words": (dict(reverse="yes"), "reverse='yes'"),
+    "a file that is no library": (dict(source="sig.csv"), "a model folder or a library"),
+    "no source": (dict(source="nowhere"), "no "),
+    "a profile model": (dict(source="profile"), "profile model"),
+    "a model without a domain": (dict(source="mean", cell_line="L1"), "keeps no list of drugs"),
+    "levels as a library": (dict(source="controls.h5ad"), "holds levels"),
+    "candidates with a library": (dict(source="library.h5ad", candidates=pd.DataFrame({"pert": ["a"], "dose_um": [1.0]})), "candidates with a library"),
+    "candidates without doses": (dict(candidates=pd.DataFrame({"pert": ["a"], "smiles": ["CCO"]})), "no column 'dose_um'"),
+    "no candidates file": (dict(candidates="nowhere.csv"), "no file nowhere.csv"),
+    "a wrong file name": (dict(out="x.xlsx"), "ends in .csv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RANK)
+def test_bad_rankings(place, name):
+    change, words = BAD_RANK[name]
+    given = {"source": "model", "signature": "sig.csv", **change}
+    source, signature = (place / given.pop(k) if given[k] != f"nowhere{s}" else given.pop(k) for k, s in (("source", ""), ("signature", ".csv")))
+    with pytest.raises(PerturbError) as e: rank_command(source, signature, **given)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_signatures_in_memory(model):
+    x = pd.Series(np.arange(GENES, dtype=float), model.genes)
+    for bad, words in ((x.replace(3.0, np.inf), "inf"), ((["SYM1"], ["SYM2"]), "1 recognised up genes"), (([], []), "two empty lists"), (5, "type int"),
+                       ("SYM1", "no file"), (("SYM1", "SYM2"), "type tuple"), (x[:50], "at least 100"), (x * 0, "every value is 0")):
+        with pytest.raises(PerturbError, match=words): as_signature(bad, model.var)
+
+
+def test_effect_and_its_files(place, model, controls, tmp_path):
+    e = predict_effect(place / "model", **ASK)
+    want = model.predict(pd.DataFrame({"pert": ["x"], "cell_line": ["L1"], "dose_um": [1.0], "smiles": [SMILES["caffeine"]]}))[0]
+    np.testing.assert_allclose(e.table.delta, want)
+    assert e.question.drug == "caffeine" and e.table.control.notna().all() and e.table.low.isna().all() and e.interval.startswith("none")
+    assert e.warnings == ()
+    out = e.save(tmp_path / "e.csv")
+    account = json.loads((tmp_path / "e.csv.json").read_text())
+    assert account["csv_sha256"] == file_hash(out) and account["question"]["drug"] == "caffeine" and account["unit"] == e.unit
+    np.testing.assert_allclose(pd.read_csv(out).delta, want, rtol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.csv", "e.csv.json"]
+    printed = predict_command(place / "model", **ASK, out=tmp_path / "e.csv", top=5)
+    assert printed.startswith("caffeine at 1 µM in L1") and "5 of 120 genes" in printed
+
+
+def test_a_failed_write_leaves_nothing(model, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PerturbError): predict_effect(model, **ASK).save(tmp_path / "file" / "e.csv")
+    (tmp_path / "x.csv.json").write_text("{}")
+    with pytest.raises(PerturbError, match="not ours"): predict_effect(model, **ASK).save(tmp_path / "x.csv")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "x.csv.json"]
+
+
+def test_what_is_said(place, model, controls):
+    salt = predict_effect(model, smiles=SALT, cell_line="L1", dose_um=1)
+    plain = predict_effect(model, smiles=SMILES["aspirin"], cell_line="L1", dose_um=1)
+    pd.testing.assert_frame_equal(salt.table, plain.table)
+    assert any("without salt" in n for n in salt.question.notes)
+    far = predict_effect(model, smiles=SMILES["caffeine"], cell_line="L9", dose_um=50, controls=place / "controls.h5ad")
+    assert len(far.warnings) == 3 and "50 times above" in " ".join(far.warnings)
+    assert "does not read control states" in " ".join(far.question.notes) and np.isfinite(far.table.control).all()
+    assert "carries no training domain" in predict_effect(place / "mean", **ASK).warnings[-1]
+
+
+def test_members_and_calibration(screen, model):
+    members = [baseline("ridge_morgan", dose=True, alpha=a).fit(screen) for a in (0.1, 1, 10)]
+    e = predict_effect(members, **ASK)
+    y = np.array([predict_effect(m, **ASK).table.delta for m in members])
+    np.testing.assert_allclose((e.table.high - e.table.low) / 2, 4.302653 * y.std(0, ddof=1) / np.sqrt(3), rtol=1e-5)
+    held = split("pair", screen, test=0.6, val=0)
+    part = lambda p: screen[held.mask(screen, p)].copy()
+    m = calibrate(baseline("ridge_morgan", dose=True).fit(part("train")), part("test"))
+    assert set(m.names["residuals"]["half"]) == {"0.8", "0.9", "0.95"}
+    inside = predict_effect(m, **ASK)
+    np.testing.assert_allclose(inside.table.high - inside.table.delta, m.names["residuals"]["half"]["0.95"], rtol=1e-4)
+    assert hierarchical_width(np.ones((5, 2)), range(5), 0.95) is None
+    np.testing.assert_array_equal(hierarchical_width(np.arange(1, 20.0)[:, None], range(19), 0.95), [19])
+
+
+def test_a_signature_finds_its_drug(place, screen, model):
+    sig = pd.Series(np.asarray(screen.X)[-1], screen.var.symbol)  # nameless, measured
+    lib = rank_drugs(screen, sig)
+    assert lib.table.pert[0] == "nameless" and lib.table.score[0] == pytest.approx(1) and lib.table.p_any[0] == 1 / 201
+    assert "120 of 120 measured genes" in lib.overlap
+    ids = rank_drugs(place / "library.h5ad", pd.Series(sig.to_numpy(), screen.var_names))
+    pd.testing.assert_frame_equal(ids.table, lib.table)
+    undone = rank_drugs(screen, -sig, reverse=True)
+    np.testing.assert_allclose(undone.table.score, lib.table.score)
+    by_condition = rank_drugs(screen, sig, by="condition", cell_line="L3")
+    assert len(by_condition.table) == 24 and by_condition.table.n.max() == 1
+    lists = rank_drugs(screen, (sig.nlargest(15).index, sig.nsmallest(15).index))
+    assert lists.table.pert[0] == "nameless" and lists.settings["similarity"] == "wtcs"
+    own = rank_drugs(model, pd.Series(np.asarray(screen.X)[0], screen.var.symbol), cell_line="L1")
+    assert own.table.pert[0] == "aspirin" and "moa" in own.table
+    twice = [rank_drugs(model, sig, seed=3).table for _ in range(2)]
+    pd.testing.assert_frame_equal(*twice)
+
+
+def test_noise_is_no_hit(model, screen):
+    noise = pd.Series(rng(5, "tests.use.noise").standard_normal(GENES), screen.var.symbol)
+    found = rank_drugs(screen, noise)
+    assert found.table.p_any[0] > 0.05 and any("a random signature reaches too" in w for w in found.warnings)
+
+
+def test_rank_command_writes(place, tmp_path):
+    text = rank_command(place / "model", place / "sig.csv", cell_line="L1", out=tmp_path / "r.csv", top=3)
+    assert "a random signature of these genes reaches" in text and text.count("\n") < 30
+    table = pd.read_csv(tmp_path / "r.csv")
+    assert len(table) == 12 and json.loads((tmp_path / "r.csv.json").read_text())["null"]["n_random"] == 200
+    more = rank_command(place / "model", place / "sig.csv", cell_line="L1", candidates=pd.DataFrame({"pert": ["new"], "smiles": ["CCN"], "dose_um": [1.0]}))
+    assert "new" in more
+    assert rank_command(place / "library.h5ad", place / "up.gmt").startswith("Drugs that resemble")
+
+
+def test_domain(model, screen, controls, tmp_path):
+    d = domain_of(model)
+    assert isinstance(d, Domain) and outside(d, drug="aspirin", cell_line="L1", dose_um=1.0) == []
+    table = measures(d, smiles="c1ccc2ccccc2c1", cell_line="L9", dose_um=0.01)
+    assert list(table.part) == ["drug", "line", "dose"] and table.text.str.len().min() > 20
+    assert table.set_index("part").outside[["line", "dose"]].all()
+    again = domain_of(load_model(model.save(tmp_path / "m")))
+    assert measures(again, smiles="c1ccc2ccccc2c1", dose_um=0.01).text.tolist() == measures(d, smiles="c1ccc2ccccc2c1", dose_um=0.01).text.tolist()
+    assert line_distance(d.controls, d.controls.loc["L2"]) == (pytest.approx(0, abs=1e-6), "L2")
+    assert "not known" in outside(d, drug="nameless")[0]
+
+
+def test_inverse_has_no_leak(screen):
+    held = split("pair", screen, test=0.3, val=0)
+    train = screen[held.mask(screen, "train")].copy()
+    found = inverse_evaluation({"ridge": baseline("ridge_morgan", dose=True).fit(train), "library": Library(train)}, screen, held, baselines=["library"], lines=["all"])
+    best = found.summary[(found.summary.id == "ap_at_10@1") & (found.summary.relevance == "drug")].set_index("method")
+    assert best.value["library"] > 0.9 > best.chance["library"] and found.facts["n_candidates"] == 24
+    assert found.audit and (found.differences.baseline == "library").all()
+    with pytest.raises(LeakError, match="not in train"): inverse_evaluation({"all": Library(screen)}, screen, held)
+    noisy = screen.copy()
+    noisy.X[held.mask(noisy, "test")] = 0.5
+    for name, source in inverse_baselines(noisy[held.mask(noisy, "train")].copy()).items():
+        np.testing.assert_array_equal(candidate_effects(source, candidates(noisy.obs)), candidate_effects(inverse_baselines(train)[name], candidates(screen.obs)))
+
+
+def test_ranked_table_agrees_with_the_evaluation(screen):
+    held = split("pair", screen, test=0.3, val=0)
+    train, test = (screen[held.mask(screen, p)].copy() for p in ("train", "test"))
+    ridge = baseline("ridge_morgan", dose=True).fit(train)
+    table = rank_candidates(ridge, test, candidates(screen.obs))
+    first = by_drug(table).groupby("query").first().pert
+    hit = (first[test.obs_names].to_numpy() == test.obs.pert.to_numpy())
+    values = inverse_evaluation({"ridge": ridge}, screen, held, lines=["same"], relevances=["drug"]).values.set_index("query")["hit_at_1@1"]
+    np.testing.assert_allclose(hit, values[test.obs_names], atol=1e-9)
