@@ -53,7 +53,9 @@ def run_key(
     try: source = inspect.getsource(f)
     except (OSError, TypeError): source = ""
     try: text = json.dumps([f"{f.__module__}:{f.__qualname__}", source, int(seed), dict(options), data_hash, version], sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as e: raise InputError(f"an option that JSON cannot hold ({e})", "texts, finite numbers, True, False, None and lists of these", "pass a name or a path in place of an object") from None
+    except (TypeError, ValueError) as e:
+        raise InputError(f"an option that JSON cannot hold ({e})", "texts, finite numbers, True, False, None and lists of these",
+                         "pass a name or a path in place of an object") from None
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 def _function(run: "Callable | str") -> Callable:
@@ -61,7 +63,8 @@ def _function(run: "Callable | str") -> Callable:
     if callable(run): return run
     module, _, name = str(run).partition(":")
     try: return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError): raise InputError(f"run={run!r}", "a function, or 'module:name' of one", "see whether it can be imported") from None
+    except (ImportError, AttributeError, ValueError):
+        raise InputError(f"run={run!r}", "a function, or 'module:name' of one", "see whether it can be imported") from None
 
 # %% ../../nbs/interpret/02_ablation.ipynb #ecfc5860
 _THREADS = {k: "1" for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
@@ -102,10 +105,15 @@ def _work(run, seed: int, options: dict) -> pd.Series:
 def _checked(values, seed: int, options: dict) -> pd.Series:
     "What a run returned, as a Series of floats with different names."
     who = f"the run with seed {seed} and {options}"
-    if not isinstance(values, pd.Series) or not len(values): raise InputError(f"{who} returned {type(values).__name__}", "a Series with a value for each row", "return score_rows(…)[metric]")
-    if not values.index.is_unique: raise InputError(f"{who}: row {values.index[values.index.duplicated()][0]!r} twice", "each row once", "name rows by all that tells them apart")
+    if not isinstance(values, pd.Series) or not len(values):
+        raise InputError(f"{who} returned {type(values).__name__}", "a Series with a value for each row", "return score_rows(…)[metric]")
+    if not values.index.is_unique:
+        raise InputError(f"{who}: row {values.index[values.index.duplicated()][0]!r} twice", "each row once",
+                         "name rows by all that tells them apart")
     values = pd.Series(values.to_numpy(float), values.index.astype(str))
-    if np.isinf(values).any(): raise InputError(f"{who}: an infinite value in row {values.index[np.isinf(values)][0]!r}", "finite numbers, or NaN where undefined", "see which row overflows")
+    if np.isinf(values).any():
+        raise InputError(f"{who}: an infinite value in row {values.index[np.isinf(values)][0]!r}",
+                         "finite numbers, or NaN where undefined", "see which row overflows")
     return values
 
 def _write_run(path: Path, key: str, seed: int, options: dict, values: pd.Series) -> None:
@@ -119,7 +127,8 @@ def _read_run(path: Path, key: str) -> "pd.Series | None":
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["key"] != key: raise ValueError("another key")
         return pd.Series([np.nan if v is None else float(v) for v in about["values"]], about["rows"])
-    except (ValueError, KeyError, TypeError) as e: raise InputError(f"{path} is no kept run ({str(e)[:60]})", "a file that an ablation wrote", "delete it and run again") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is no kept run ({str(e)[:60]})", "a file that an ablation wrote", "delete it and run again") from None
 
 # %% ../../nbs/interpret/02_ablation.ipynb #3e6b9c9b
 def ablation(
@@ -133,8 +142,11 @@ def ablation(
 ) -> pd.DataFrame:  # variant, seed, row, value
     "Every variant with every seed, each run once."
     seeds, jobs_list, done = [int(s) for s in seeds], [], {}
-    if not variants or not seeds or len(set(seeds)) < len(seeds): raise InputError(f"{len(variants)} variants and the seeds {seeds[:9]}", "at least one variant, and different seeds", "range(5) is usual")
-    if not isinstance(jobs, (int, np.integer)) or jobs < 1: raise InputError(f"jobs={jobs!r}", "a whole number of 1 or more", "at most the number of cores")
+    if not variants or not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"{len(variants)} variants and the seeds {seeds[:9]}", "at least one variant, and different seeds",
+                         "range(5) is usual")
+    if not isinstance(jobs, (int, np.integer)) or jobs < 1:
+        raise InputError(f"jobs={jobs!r}", "a whole number of 1 or more", "at most the number of cores")
     for name, options in variants.items():
         for seed in seeds:
             key = run_key(run, seed, options, data_hash, version)
@@ -159,7 +171,9 @@ def _all(run, todo: list, jobs: int):
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     f = _function(run)
-    if f.__module__ == "__main__" or "<" in f.__qualname__: raise InputError(f"{f.__qualname__}, which other processes cannot import", "a function of a module", "take jobs=1, or move it to a module")
+    if f.__module__ == "__main__" or "<" in f.__qualname__:
+        raise InputError(f"{f.__qualname__}, which other processes cannot import", "a function of a module",
+                         "take jobs=1, or move it to a module")
     work = importlib.import_module("perturbnb.interpret.ablation")._work  # by its importable name, on this page too
     with ProcessPoolExecutor(min(jobs, len(todo)), get_context("spawn")) as pool:
         with _environment(_THREADS), _no_main(): tasks = {pool.submit(work, f"{f.__module__}:{f.__qualname__}", t[1], t[2]): t for t in todo}
@@ -170,7 +184,8 @@ def _all(run, todo: list, jobs: int):
         finally: pool.shutdown(cancel_futures=True)
 
 def _failed(task, e: Exception) -> RunError:
-    return RunError(f"variant {task[0]!r}, seed {task[1]} failed: {type(e).__name__}: {str(e)[:160]}", "a run that ends", "finished runs are kept if a folder was given; mend it and run again")
+    return RunError(f"variant {task[0]!r}, seed {task[1]} failed: {type(e).__name__}: {str(e)[:160]}", "a run that ends",
+                    "finished runs are kept if a folder was given; mend it and run again")
 
 # %% ../../nbs/interpret/02_ablation.ipynb #3ca7a329
 class Comparison(NamedTuple):
@@ -181,10 +196,13 @@ class Comparison(NamedTuple):
 
 def _wide(table: pd.DataFrame, variant: str) -> pd.DataFrame:
     "Rows by seeds of one variant."
-    if lost := {"variant", "seed", "row", "value"} - set(table): raise InputError(f"a table without the column {sorted(lost)[0]!r}", "variant, seed, row, value", "make it with ablation")
-    if variant not in set(table.variant): raise InputError(f"variant {variant!r}", "one of the table", nearest(variant, table.variant.unique()))
+    if lost := {"variant", "seed", "row", "value"} - set(table):
+        raise InputError(f"a table without the column {sorted(lost)[0]!r}", "variant, seed, row, value", "make it with ablation")
+    if variant not in set(table.variant):
+        raise InputError(f"variant {variant!r}", "one of the table", nearest(variant, table.variant.unique()))
     t = table[table.variant == variant]
-    if t.duplicated(["seed", "row"]).any(): raise InputError(f"{variant!r} has a row twice for one seed", "each row once", "name rows by all that tells them apart")
+    if t.duplicated(["seed", "row"]).any():
+        raise InputError(f"{variant!r} has a row twice for one seed", "each row once", "name rows by all that tells them apart")
     rows = t.row.unique()
     return t.pivot(index="row", columns="seed", values="value").reindex(rows)
 
@@ -207,7 +225,9 @@ def compare(
     "Variant against reference, paired by row and seed."
     a, b = _wide(table, variant), _wide(table, reference)
     if not higher_is_better: a, b = b, a
-    if set(a.index) != set(b.index): raise InputError(f"other rows in {variant!r} than in {reference!r}", "the same test rows in all runs", "hold the seed of the split fixed")
+    if set(a.index) != set(b.index):
+        raise InputError(f"other rows in {variant!r} than in {reference!r}", "the same test rows in all runs",
+                         "hold the seed of the split fixed")
     if groups is not None and getattr(groups, "ndim", 1) == 2 and groups.shape[1] == 2: these, new, sd, by_seed = _crossed(a, b.loc[a.index], groups, null, options)
     else: these, new, sd, by_seed = over_seeds(a, b.loc[a.index], groups, null=null, **options)
     if len(by_seed) < MIN_SEEDS: new = replace(new, low=np.nan, high=np.nan, note=f"no interval for new seeds: {len(by_seed)} seed(s), at least {MIN_SEEDS} are needed")
@@ -260,4 +280,6 @@ def compare_spread(
         return Verdict(claim, Estimate(np.nan, np.nan, np.nan, n, n, note=why), margin, "log ratio of spreads")
     value = float(np.log(b.std() / a.std()))
     reach = .5 * np.log(f.ppf([(1 - level) / 2, (1 + level) / 2], len(b) - 1, len(a) - 1))
-    return Verdict(claim, Estimate(value, value - reach[1], value - reach[0], n, n, level, "F of the variances", note=f"{n} seeds: a ratio of spreads is known to a factor of {np.exp(reach[1] - reach[0]):.0f} only"), margin, "log ratio of spreads")
+    note = f"{n} seeds: a ratio of spreads is known to a factor of {np.exp(reach[1] - reach[0]):.0f} only"
+    est = Estimate(value, value - reach[1], value - reach[0], n, n, level, "F of the variances", note=note)
+    return Verdict(claim, est, margin, "log ratio of spreads")

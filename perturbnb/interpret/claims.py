@@ -23,7 +23,8 @@ def answer(
     margin: float,  # smallest difference that matters, above 0, in the unit of the metric
 ) -> str:  # one of ANSWERS
     "The answer that an interval gives."
-    if not (np.isfinite(margin) and margin > 0): raise InputError(f"margin {margin}", "a number above 0, in the unit of the metric", "say how much would matter, before looking")
+    if not (np.isfinite(margin) and margin > 0):
+        raise InputError(f"margin {margin}", "a number above 0, in the unit of the metric", "say how much would matter, before looking")
     if np.isnan(low) or np.isnan(high): return "cannot tell"
     return "yes" if low > 0 else "no" if high < margin else "cannot tell"
 
@@ -74,7 +75,8 @@ def verdict_plot(
 ) -> "matplotlib.axes.Axes":
     "Differences with intervals, the band below the margin, and the answers."
     from perturbnb.plot import OBSERVED, SMALL, forest_plot
-    if len({(v.margin, v.what) for v in verdicts}) != 1: raise InputError("verdicts with different margins or quantities", "one of each in a figure", "draw them apart")
+    if len({(v.margin, v.what) for v in verdicts}) != 1:
+        raise InputError("verdicts with different margins or quantities", "one of each in a figure", "draw them apart")
     rows = [dict(name=v.claim, value=v.estimate.value, low=v.estimate.low, high=v.estimate.high, kind="model") for v in verdicts]
     ax.axvspan(0, verdicts[0].margin, color="0.93", lw=0, zorder=0)
     forest_plot(pd.DataFrame(rows), ax, verdicts[0].what, 0)

@@ -25,10 +25,16 @@ def directions(
     embedding: pd.DataFrame,  # genes by dimensions; index: gene ids
 ) -> pd.DataFrame:  # centred rows of length 1; a row of zeros where there is no direction
     "The direction of each gene from the mean of all."
-    if not isinstance(embedding, pd.DataFrame) or len(embedding) < 3 or not embedding.shape[1]: raise InputError("an embedding that is no table of three genes or more", "a DataFrame, genes by dimensions", "pd.DataFrame(weights, index=gene_ids)")
-    if not embedding.index.is_unique: raise InputError(f"the gene {embedding.index[embedding.index.duplicated()][0]!r} twice in the embedding", "each gene once", "drop the copy")
+    if not isinstance(embedding, pd.DataFrame) or len(embedding) < 3 or not embedding.shape[1]:
+        raise InputError("an embedding that is no table of three genes or more", "a DataFrame, genes by dimensions",
+                         "pd.DataFrame(weights, index=gene_ids)")
+    if not embedding.index.is_unique:
+        raise InputError(f"the gene {embedding.index[embedding.index.duplicated()][0]!r} twice in the embedding", "each gene once",
+                         "drop the copy")
     x = embedding.to_numpy(float)
-    if not np.isfinite(x).all(): raise InputError(f"a missing number in the vector of {embedding.index[~np.isfinite(x).all(1)][0]!r}", "finite numbers", "see how the weights were read")
+    if not np.isfinite(x).all():
+        raise InputError(f"a missing number in the vector of {embedding.index[~np.isfinite(x).all(1)][0]!r}", "finite numbers",
+                         "see how the weights were read")
     c = x - x.mean(0)
     length, size = np.linalg.norm(c, axis=1, keepdims=True), np.abs(x).max(initial=0)
     return pd.DataFrame(np.where(length > 1e-12 * size, c / np.where(length > 0, length, 1), 0.0), embedding.index)
@@ -41,7 +47,8 @@ def _pieces(embedding: pd.DataFrame, sets, measure: str, k: int) -> tuple:
     from scipy import sparse
     u = directions(embedding).to_numpy()
     m = sparse.csr_matrix(membership(sets, embedding.index).to_numpy())
-    if not m.shape[1] or m.sum(0).min() < 2: raise InputError("no sets, or one with fewer than two genes", "sets of two genes or more", "see min_size of gene_sets")
+    if not m.shape[1] or m.sum(0).min() < 2:
+        raise InputError("no sets, or one with fewer than two genes", "sets of two genes or more", "see min_size of gene_sets")
     if measure == "cosine": return u, m
     if measure != "neighbours": raise InputError(f"measure {measure!r}", f"one of {', '.join(MEASURES)}", "see the page")
     n = len(u)
@@ -105,14 +112,17 @@ def closer_than_chance(
     n_random: int = 500, seed: int = 0,
 ) -> Closeness:
     "Each set against random sets of the same size and level, and all sets together."
-    if not isinstance(n_random, (int, np.integer)) or n_random < 20: raise InputError(f"n_random {n_random!r}", "a whole number of 20 or more", "500 is usual")
-    if strata is not None and len(strata) != len(embedding): raise InputError(f"{len(strata)} strata for {len(embedding)} genes", "one for each gene", "in the order of the embedding")
+    if not isinstance(n_random, (int, np.integer)) or n_random < 20:
+        raise InputError(f"n_random {n_random!r}", "a whole number of 20 or more", "500 is usual")
+    if strata is not None and len(strata) != len(embedding):
+        raise InputError(f"{len(strata)} strata for {len(embedding)} genes", "one for each gene", "in the order of the embedding")
     pieces, m = _pieces(embedding, sets, measure, k)
     value, gen = _measured(pieces, m), rng(seed, "interpret.embedding.random")
     drawn = np.stack([_measured(pieces, m[tossed(len(embedding), gen, strata)]) for _ in range(n_random)])
     at_least = lambda d, v: (1 + (d >= v - 1e-12).sum(0)) / (1 + n_random)
     p, random = at_least(drawn, value), drawn.mean(0)
-    t = pd.DataFrame(dict(n_genes=np.asarray(m.sum(0)).ravel().astype(int), value=value, random=random, excess=value - random, p=p, p_adjusted=adjust_p(p, "bh")), index=list(getattr(sets, "sets", sets)))
+    t = pd.DataFrame(dict(n_genes=np.asarray(m.sum(0)).ravel().astype(int), value=value, random=random, excess=value - random, p=p,
+                          p_adjusted=adjust_p(p, "bh")), index=list(getattr(sets, "sets", sets)))
     return Closeness(t, mean_interval(t.excess, set_groups(sets), seed=seed), float(at_least(drawn.mean(1), value.mean())))
 
 # %% ../../nbs/interpret/01_embedding.ipynb #dc80b767
@@ -156,7 +166,8 @@ class Structure(NamedTuple):
 def _excesses(embeddings: "Mapping", seeds: Sequence, sets, options: dict) -> tuple:
     "Sets by seeds of excess, the tests, for one kind of embedding; a single table serves all seeds."
     single = isinstance(embeddings, pd.DataFrame)
-    if not single and (lost := [s for s in seeds if s not in embeddings]): raise InputError(f"no embedding for seed {lost[0]}", "one for each seed", "train with the same seeds")
+    if not single and (lost := [s for s in seeds if s not in embeddings]):
+        raise InputError(f"no embedding for seed {lost[0]}", "one for each seed", "train with the same seeds")
     one = closer_than_chance(embeddings, sets, **options) if single else None
     tests = {s: one if single else closer_than_chance(embeddings[s], sets, **options) for s in seeds}
     return pd.DataFrame({s: t.sets.excess for s, t in tests.items()}), tests
@@ -175,11 +186,14 @@ def structure_claim(
     seeds, groups = list(trained), set_groups(sets)
     mine, tests = _excesses(trained, seeds, sets, options)
     controls = {n: _excesses(e, seeds, sets, options)[0] for n, e in {"untrained": untrained, **(others or {})}.items()}
-    what, verdicts = f"mean {options.get('measure', 'cosine')}, excess", [("after training, over random sets", None), *((f"after training, over {n}", t) for n, t in controls.items())]
-    verdicts = tuple(Verdict(name, over_seeds(mine, t if t is not None else mine * 0, groups, seed=options.get("seed", 0)).new, margin, what) for name, t in verdicts)
-    table = pd.DataFrame({"trained": mine.mean(axis=1), **{n: t.mean(axis=1) for n, t in controls.items()}, "n_seeds_found": sum((t.sets.p_adjusted <= .05).astype(int) for t in tests.values())})
+    what, against = f"mean {options.get('measure', 'cosine')}, excess", {"random sets": mine * 0, **controls}
+    difference = lambda t: over_seeds(mine, t, groups, seed=options.get("seed", 0)).new
+    verdicts = tuple(Verdict(f"after training, over {n}", difference(t), margin, what) for n, t in against.items())
+    table = pd.DataFrame({"trained": mine.mean(axis=1), **{n: t.mean(axis=1) for n, t in controls.items()}})
+    table["n_seeds_found"] = sum((t.sets.p_adjusted <= .05).astype(int) for t in tests.values())
     by_seed = pd.DataFrame({"trained": mine.mean(), **{n: t.mean() for n, t in controls.items()}}).rename_axis("seed")
-    return Structure(all_of(verdicts[:2]), verdicts, by_seed, pd.Series({s: t.p for s, t in tests.items()}, name="p"), table.sort_values("trained", ascending=False, kind="stable"))
+    p = pd.Series({s: t.p for s, t in tests.items()}, name="p")
+    return Structure(all_of(verdicts[:2]), verdicts, by_seed, p, table.sort_values("trained", ascending=False, kind="stable"))
 
 # %% ../../nbs/interpret/01_embedding.ipynb #fd148506
 def embedding_map(
@@ -192,7 +206,8 @@ def embedding_map(
     from sklearn.manifold import TSNE
     u, state = directions(embedding), int(rng(seed, "interpret.embedding.map").integers(2**31))
     if how not in ("tsne", "pca"): raise InputError(f"how={how!r}", "tsne or pca", "see the page")
-    if u.shape[1] < 2 or len(u) < 10: raise InputError(f"{len(u)} genes in {u.shape[1]} dimension(s)", "ten genes or more, two dimensions or more", "a map needs both")
+    if u.shape[1] < 2 or len(u) < 10:
+        raise InputError(f"{len(u)} genes in {u.shape[1]} dimension(s)", "ten genes or more, two dimensions or more", "a map needs both")
     make = PCA(2, svd_solver="full") if how == "pca" else TSNE(2, perplexity=min(30, (len(u) - 1) / 3), init="pca", random_state=state, n_jobs=1)
     return pd.DataFrame(make.fit_transform(u.to_numpy()), u.index, ["x", "y"])
 
@@ -204,7 +219,8 @@ def clusters(
 ) -> pd.Series:  # gene -> cluster, numbered from the largest
     "k-means clusters of the directions."
     from sklearn.cluster import KMeans
-    if not 2 <= n < len(embedding): raise InputError(f"{n} clusters of {len(embedding)} genes", "2 or more, and fewer than genes", "8 is usual")
+    if not 2 <= n < len(embedding):
+        raise InputError(f"{n} clusters of {len(embedding)} genes", "2 or more, and fewer than genes", "8 is usual")
     found = KMeans(n, n_init=10, random_state=int(rng(seed, "interpret.embedding.clusters").integers(2**31))).fit(directions(embedding).to_numpy()).labels_
     order = np.argsort(-np.bincount(found, minlength=n), kind="stable")
     return pd.Series(np.argsort(order)[found], embedding.index, name="cluster")

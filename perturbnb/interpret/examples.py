@@ -26,7 +26,9 @@ def pick(
 ) -> pd.DataFrame:  # index: row; kind (best, median, worst), value, place (1 is best); attrs: n_rows, n_undefined
     "Best, median and worst rows by a metric, ties by name."
     if not isinstance(n, (int, np.integer)) or n < 1: raise InputError(f"n {n!r}", "a whole number of 1 or more", "1 is usual")
-    if not values.index.is_unique: raise InputError(f"row {values.index[values.index.duplicated()][0]!r} twice", "each row once", "name rows by all that tells them apart")
+    if not values.index.is_unique:
+        raise InputError(f"row {values.index[values.index.duplicated()][0]!r} twice", "each row once",
+                         "name rows by all that tells them apart")
     v = values.dropna().sort_index(kind="stable").sort_values(ascending=not higher_is_better, kind="stable")
     if not len(v): raise InputError("no row with a value", "at least one", "see why the metric is undefined")
     middle, chosen = (len(v) - n) // 2, {}
@@ -133,7 +135,8 @@ def examples(
     "Best, median and worst predictions with all that their figures show."
     x = as_table(real, "real")
     p = aligned(predicted if isinstance(predicted, pd.DataFrame) else pd.DataFrame(np.asarray(predicted), x.index, x.columns), x, "predicted")
-    if odd := [r for r in values.index if r not in x.index]: raise InputError(f"a value for row {odd[0]!r}", "rows that were observed", "score the same table")
+    if odd := [r for r in values.index if r not in x.index]:
+        raise InputError(f"a value for row {odd[0]!r}", "rows that were observed", "score the same table")
     se = pd.DataFrame(np.asarray(real.layers["se"]), x.index, x.columns) if "se" in real.layers else None
     symbol = real.var["symbol"] if "symbol" in real.var else pd.Series(real.var_names, real.var_names)
     out, chosen = [], pick(values, n=n, higher_is_better=higher_is_better)
@@ -167,7 +170,7 @@ def _genes_plot(ax, e: Example, legend: bool) -> None:
     ax.plot(x, e.genes.predicted, "D", color=ACCENT, ms=4, label="predicted")
     ax.set_xticks(x, [label(s, 12) for s in e.genes.symbol], rotation=60, ha="right", rotation_mode="anchor", fontsize=SMALL)
     ax.margins(y=.12)
-    if legend: ax.legend(frameon=False, fontsize=SMALL, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=.1, handletextpad=.2)
+    if legend: ax.figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=SMALL, loc="outside upper right", ncols=2, borderpad=0, handletextpad=.2)
 
 # %% ../../nbs/interpret/03_examples.ipynb #8d8ed71e
 def examples_figure(
@@ -185,7 +188,8 @@ def examples_figure(
         dose = "" if np.isnan(e.dose_um) else f", {e.dose_um:g} µM"
         left.set_title(f"{label(e.drug, 26)}\n{label(e.cell_line, 16)}{dose}", fontsize=NORMAL, loc="left")
         left.set_xlabel("\n".join([*textwrap.wrap(label(e.moa, 60), 34)[:1], *textwrap.wrap(label(e.near, 90), 38)]), fontsize=SMALL)
-        right.set_title(f"{e.kind}: {metric} {e.value:.2f}\nplace {e.place:,} of {e.n_rows:,}" + ("" if np.isnan(e.signal) else f"; effect {e.signal:.1f} × its error"), fontsize=NORMAL, loc="left")
+        strength = "" if np.isnan(e.signal) else f"; effect {e.signal:.1f} × its error"
+        right.set_title(f"{e.kind}: {metric} {e.value:.2f}\nplace {e.place:,} of {e.n_rows:,}{strength}", fontsize=NORMAL, loc="left")
         right.set_ylabel(f"effect\n({unit})", fontsize=SMALL)
         _genes_plot(right, e, i == 0)
     return fig

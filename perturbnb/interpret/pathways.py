@@ -28,8 +28,11 @@ def activity(
     "Pathway activities by decoupler's univariate linear model."
     x = as_table(effects, "effects")
     m = membership(sets, x.columns)
-    if len(x.columns) < 3 or not len(m.columns): raise InputError(f"{len(m.columns)} sets on {len(x.columns)} genes", "at least one set and three genes", "see gene_sets")
-    if whole := [s for s in m if m[s].sum() in (0, len(m))]: raise InputError(f"the set {whole[0]!r} holds none or all of the {len(m):,} genes", "some genes in, some out", "use max_size of gene_sets")
+    if len(x.columns) < 3 or not len(m.columns):
+        raise InputError(f"{len(m.columns)} sets on {len(x.columns)} genes", "at least one set and three genes", "see gene_sets")
+    if whole := [s for s in m if m[s].sum() in (0, len(m))]:
+        raise InputError(f"the set {whole[0]!r} holds none or all of the {len(m):,} genes", "some genes in, some out",
+                         "use max_size of gene_sets")
     return pd.DataFrame(_t_values(_standard(x.to_numpy()), _standard(m.to_numpy().T).T), index=x.index, columns=m.columns)
 
 def _standard(x: np.ndarray) -> np.ndarray:
@@ -50,7 +53,8 @@ def simulated_sets(
     min_size: int = 10,  # genes of a set that is kept
 ) -> dict:  # "HDAC inhibitor up" -> gene ids
     "The true programmes of a simulation as gene sets."
-    if "lfc" not in truth.layers: raise InputError("a table without the layer 'lfc'", "the truth of a simulated data set", "data.demo.read_truth makes it")
+    if "lfc" not in truth.layers:
+        raise InputError("a table without the layer 'lfc'", "the truth of a simulated data set", "data.demo.read_truth makes it")
     out, obs = {}, truth.obs
     for moa in sorted(set(obs.moa.astype(str)) - {"unclear"}):
         rows = ((obs.moa == moa) & (obs.dose_um == obs.dose_um.max())).to_numpy()
@@ -75,7 +79,8 @@ def pathway_sets(
         found = gene_sets(path, var, **options)
         if len(found): return found, f"{Path(path).name}: {found}"
         raise InputError(f"{Path(path).name}: {found}", "at least one set with enough measured genes", "name other sets or a smaller min_size; simulated genes have no pathways")
-    if truth is None: raise InputError("no file of gene sets and no simulation", "a GMT file, such as Reactome from MSigDB", "name it with path=")
+    if truth is None:
+        raise InputError("no file of gene sets and no simulation", "a GMT file, such as Reactome from MSigDB", "name it with path=")
     found = gene_sets(simulated_sets(truth, options.get("min_size", 10)), var, **options)
     return found, f"{len(found)} simulated sets: the true programmes of the simulated mechanisms, not pathways of biology"
 
@@ -86,7 +91,9 @@ def _activities(real, predictions: dict, sets) -> tuple:
     "Observed activities, and those of each prediction with flat rows as 0."
     real = as_table(real, "real")
     a = activity(real, sets)
-    if (flat := a.isna().any(axis=1)).any(): raise InputError(f"the observed effect of {a.index[flat][0]!r} is the same for all genes", "effects that differ", "leave the row out")
+    if (flat := a.isna().any(axis=1)).any():
+        raise InputError(f"the observed effect of {a.index[flat][0]!r} is the same for all genes", "effects that differ",
+                         "leave the row out")
     return a, {n: activity(aligned(as_table(p, n), real, n), sets).fillna(0.0) for n, p in predictions.items()}
 
 def _n_top(n_top: "int | None", n_sets: int) -> int:
@@ -148,7 +155,8 @@ def against_random(
     n_top: "int | None" = None, seed: int = 0,
 ) -> pd.DataFrame:  # model, id, value, random, random_low, random_high, excess, low, high, p, n
     "Pathway scores beside those of random sets of the same sizes."
-    if not isinstance(n_random, (int, np.integer)) or n_random < 20: raise InputError(f"n_random {n_random!r}", "a whole number of 20 or more", "200 is usual")
+    if not isinstance(n_random, (int, np.integer)) or n_random < 20:
+        raise InputError(f"n_random {n_random!r}", "a whole number of 20 or more", "200 is usual")
     a, predicted = _activities(real, predictions, sets)
     x = as_table(real, "real")
     m, options, n = _standard(membership(sets, x.columns).to_numpy().T).T, dict(n_top=_n_top(n_top, a.shape[1])), x.shape[1]
