@@ -1989,6 +1989,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'perturbnb.train.fit._generators': ('train/fit.html#_generators', 'perturbnb/train/fit.py'),
                                      'perturbnb.train.fit._groups': ('train/fit.html#_groups', 'perturbnb/train/fit.py'),
                                      'perturbnb.train.fit._loop': ('train/fit.html#_loop', 'perturbnb/train/fit.py'),
+                                     'perturbnb.train.fit._made': ('train/fit.html#_made', 'perturbnb/train/fit.py'),
                                      'perturbnb.train.fit._precision': ('train/fit.html#_precision', 'perturbnb/train/fit.py'),
                                      'perturbnb.train.fit._seeded': ('train/fit.html#_seeded', 'perturbnb/train/fit.py'),
                                      'perturbnb.train.fit._settings': ('train/fit.html#_settings', 'perturbnb/train/fit.py'),

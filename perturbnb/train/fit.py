@@ -25,9 +25,10 @@ def _digest(x, h, deep: int = 0) -> None:
     h.update(f"|{type(x).__name__}".encode())
     if isinstance(x, torch.nn.Module): h.update(str([(k, *v.shape, str(v.dtype)) for k, v in x.state_dict().items() if hasattr(v, "shape")]).encode())
     elif isinstance(x, torch.Tensor): _digest(x.detach().cpu().contiguous().view(torch.uint8).numpy() if x.dtype == torch.bfloat16 else x.detach().cpu().numpy(), h)
-    elif isinstance(x, np.ndarray): h.update(f"{x.shape}{x.dtype}".encode()); h.update(repr(x.tolist()).encode() if x.dtype.hasobject else np.ascontiguousarray(x))
+    elif isinstance(x, np.ndarray): h.update(f"{x.shape}{x.dtype}".encode()); h.update(repr(x.tolist()).encode() if x.dtype.hasobject else np.ascontiguousarray(x).reshape(-1).view(np.uint8))
     elif isinstance(x, pd.DataFrame): h.update(table_hash(x).encode())
     elif isinstance(x, (pd.Series, pd.Index)): _digest(x.to_numpy(), h)
+    elif hasattr(x, "obs") and hasattr(x, "layers"): _digest([x.X, x.obs, list(x.var_names), dict(x.layers)], h)  # an AnnData
     elif isinstance(x, (str, bytes, int, float, bool, type(None), np.generic, Path)): h.update(repr(x).encode())
     elif isinstance(x, dict): [_digest(v, h, deep + 1) for kv in sorted(x.items(), key=lambda kv: str(kv[0])) for v in kv]
     elif isinstance(x, (set, frozenset)): _digest(sorted(x, key=str), h, deep)
@@ -169,7 +170,7 @@ class _Run:
         self.optimizer = fabric.setup_optimizers(adam)
         self.epoch = self.step = self.stale = 0  # stale: epochs without improvement
         self.sums, self.rows, self.best, self.over = {}, [], {}, ""
-        self.batches, self.pending, self.resumed = [], [], None
+        self.batches, self.pending, self.resumed, self.steps = [], [], None, 0
 
     @property
     def file(self): return self.dir / "checkpoint.pt"
@@ -180,7 +181,7 @@ class _Run:
         if not self.batches or not all(len(b) for b in self.batches): raise InputError(f"{len(self.batches)} batches in epoch {self.epoch + 1}, or an empty one", "batches with rows", "look at the task's batches()")
         self.steps = math.ceil(len(self.batches) / self.set["accumulate"])
 
-    def order(self) -> str: return hashlib.sha256(b"".join(np.r_[len(b), b].astype("<i8").tobytes() for b in self.batches)).hexdigest()
+    def order(self) -> str: return "" if self.over else hashlib.sha256(b"".join(np.r_[len(b), b].astype("<i8").tobytes() for b in self.batches)).hexdigest()
 
 # %% ../../nbs/train/01_fit.ipynb #f230bd90
 @patch
@@ -196,7 +197,7 @@ def move(self: _Run) -> None:
         if not isinstance(out, dict) or "loss" not in out: raise InputError(f"the task's loss() gave {type(out).__name__}", 'a dictionary with "loss"', "return what Mix gives")
         f.backward(out["loss"] / len(group))
         self.pending.append((i, len(rows), {k: v.detach().float() for k, v in out.items()}))
-    if s["clip"]: self.pending[-1][2]["grad_norm"] = f.clip_gradients(self.wrapped, self.optimizer, max_norm=s["clip"], error_if_nonfinite=False)
+    self.pending[-1][2]["grad_norm"] = f.clip_gradients(self.wrapped, self.optimizer, max_norm=s["clip"] or math.inf, error_if_nonfinite=False)
     if f.device.type == "cpu" or len(self.pending) >= 20: self.look()
     self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
     self.step += 1
@@ -218,6 +219,11 @@ def look(self: _Run) -> None:
     self.pending = []
 
 # %% ../../nbs/train/01_fit.ipynb #a8f84a23
+def _made() -> str:
+    "What the last digits of a CPU depend on beside the settings."
+    import torch
+    return f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
 def _generators(device) -> dict:
     import torch
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
@@ -230,7 +236,7 @@ def save(self: _Run) -> None:
     extra = {"task": self.task.state_dict()} if hasattr(self.task, "state_dict") else {}
     best = {k: v for k, v in self.best.items() if k != "weights"}
     write_checkpoint(self.file, {"settings": self.set, "model": self.task.module.state_dict(), "optimizer": self.optimizer.state_dict(), "random": _generators(self.fabric.device),
-                                 "epoch": self.epoch, "step": self.step, "stale": self.stale, "sums": self.sums, "rows": self.rows, "best": best, "over": self.over, "order": self.order(), **extra})
+                                 "epoch": self.epoch, "step": self.step, "stale": self.stale, "sums": self.sums, "rows": self.rows, "best": best, "over": self.over, "order": self.order(), "made": _made(), **extra})
     for old in self.dir.glob("best-*.pt"):
         if old.name != best.get("file"): old.unlink()
 
@@ -244,13 +250,14 @@ def load(self: _Run) -> None:
             said = ("the data or the settings of the task are others",) * 2 if k == "data" else (f"{k} is {a!r}", f"{b!r} as in {self.file}")
             raise InputError(said[0], said[1] if k != "data" else f"those of {self.file}", "use the same ones, another folder, or resume=False to start again")
     self.epoch, self.step, self.stale, self.sums, self.rows, self.over = (was[k] for k in ("epoch", "step", "stale", "sums", "rows", "over"))
-    self.draw()
+    if not self.over: self.draw()
     if self.order() != was["order"]: raise InputError(f"the batches of epoch {self.epoch + 1} are others", f"those of {self.file}", "let batches() draw from its argument only, or use resume=False")
     self.task.module.load_state_dict(was["model"]); self.optimizer.load_state_dict(was["optimizer"])
     if "task" in was: self.task.load_state_dict(was["task"])
     if was["best"]: self.best = {**was["best"], "weights": read_checkpoint(self.dir / was["best"]["file"], was["best"]["sha"])}
     torch.set_rng_state(was["random"]["cpu"])
     if "cuda" in was["random"]: torch.cuda.set_rng_state(was["random"]["cuda"], self.fabric.device)
+    if was["made"] != _made(): warnings.warn(f"{self.file} was made with {was['made']}, this is {_made()}: the last digits can differ from an uninterrupted run")
     self.resumed = (self.epoch + 1, self.step)
 
 # %% ../../nbs/train/01_fit.ipynb #3e3d1ae9
@@ -261,8 +268,10 @@ def close(self: _Run) -> dict:
     self.look()
     row = {"epoch": self.epoch + 1, "lr": float(self.optimizer.param_groups[0]["lr"]), **{k: a / n for k, (a, n) in self.sums.items()}}
     self.task.module.eval()
-    with torch.no_grad(), self.fabric.autocast(): row |= {k: float(v) for k, v in self.task.validate().items()}
+    with torch.no_grad(), self.fabric.autocast(): found = {k: float(v) for k, v in self.task.validate().items()}
     self.task.module.train()
+    if twice := sorted(set(found) & set(row)): raise InputError(f"validate() gives {twice[0]!r}", "names that loss() does not use", "call it val_" + twice[0])
+    row |= found
     self.judge(row)
     self.rows.append(row)
     self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
@@ -273,9 +282,8 @@ def close(self: _Run) -> dict:
 @patch
 def judge(self: _Run, row: dict) -> None:
     "Keep the weights if this epoch is the best."
-    s, given = self.set, set(row) - {"epoch", "lr", "grad_norm"}
-    validated = given - set(self.sums)
-    if not validated and s["monitor"] not in given: return
+    s, given = self.set, set(row) - {"epoch", "lr", *self.sums}
+    if not given and s["patience"] is None: return
     if s["monitor"] not in given: raise InputError(f"monitor={s['monitor']!r}", "a number that validate() gives", nearest(s["monitor"], given))
     now, sign = row[s["monitor"]], 1 if s["mode"] == "min" else -1
     better = math.isfinite(now) and (not self.best or sign * now < sign * self.best["value"])
@@ -329,7 +337,8 @@ def _seeded(seed: int, device):
         yield
 
 def _begin(run: _Run, resume: bool) -> None:
-    "Go on from a checkpoint, or start."
+    "Go on from a checkpoint, or start; what a killed run was writing is removed (the lock is ours)."
+    if run.dir is not None: [p.unlink() for name in ("checkpoint", "best-*", "metrics", "curves") for p in run.dir.glob(f".{name}.*.tmp.*")]
     if run.dir is not None and resume and run.file.exists(): run.load()
     else:
         if run.dir is not None: [p.unlink(missing_ok=True) for p in (run.file, run.dir / "metrics.csv", run.dir / "curves.png", *run.dir.glob("best-*.pt"))]
