@@ -370,7 +370,7 @@ def fit(
     every_seconds: float = 60.0,  # and after so many seconds; one is always written at the end of an epoch
     live: bool = False,  # True: show the curve in the notebook while it trains
     compile: bool = False,  # True: torch.compile the network (needs a C++ compiler; pays for large networks on a GPU)
-    on_epoch=None,  # function of the epoch's row, called at its end; what it raises ends the training
+    on_epoch=None,  # function of an epoch's row, called at its end (after a resumption for the earlier ones too); what it raises ends the training
 ) -> History:
     "Train a task; its network ends with the weights of the best epoch, in evaluation mode."
     device = the_device(device)
@@ -426,6 +426,7 @@ def _loop(run: _Run, clock: _Clock) -> History:
     from tqdm import tqdm
     run.task.module.train(); handle = []
     with tqdm(total=run.set["epochs"] * run.steps, initial=run.epoch * run.steps + run.step, unit="step", delay=2, disable=not clock.progress) as bar:
+        for row in run.rows if clock.on_epoch else (): clock.on_epoch(dict(row))  # those before a resumption: who listens has heard all
         while not run.over:
             while run.step < run.steps:
                 run.move(); bar.update()
