@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np, torch
 from perturbnb.core import rng
 from perturbnb.train.fit import Task, fit
+from perturbnb.train.tune import search, stop_by, trial_dir
 from perturbnb.train.losses import Mix, Ramp, info_nce, mse, ranknet
 torch.set_num_threads(1)
 
@@ -45,14 +46,26 @@ def run(dir, said):
     torch.save([(k, v) for k, v in task.module.state_dict().items()], dir / "final.pt")
     (dir / "resumed.json").write_text(json.dumps(h.resumed))
 
-from lightning.fabric import Fabric  # the slow import, once
+def tune(dir, said):
+    def objective(trial):
+        p = trial.params
+        with (dir / "calls.txt").open("a") as f: f.write(f"{trial.user_attrs['trial']}\\n")
+        task = Example(.1, said["pause"])
+        h = fit(task, epochs=4, lr=p["lr"], clip=p["clip"], device="cpu", progress=False, dir=trial_dir(dir, trial), every_steps=1, on_epoch=stop_by(trial))
+        return h.table.val_loss.min()
+    dir.mkdir(parents=True, exist_ok=True)
+    found = search(objective, {"lr": ("log", 1e-4, 1e-1), "clip": [0.5, 5.0]}, 5, dir / "search.db", progress=False)
+    found.table.to_csv(dir / "table.csv", index=False)
+
+from lightning.fabric import Fabric  # the slow imports, once
+import optuna
 print("ready", flush=True)
 for line in sys.stdin:  # each order is a process of its own: {"dir": …, settings} starts one, a number waits for it
     order = json.loads(line)
     if isinstance(order, int): print(os.waitstatus_to_exitcode(os.waitpid(order, 0)[1]), flush=True); continue
     if pid := os.fork(): print(pid, flush=True); continue
     dir = Path(order.pop("dir"))
-    try: run(dir, order)
+    try: (tune if order.pop("tune", False) else run)(dir, order)
     except BaseException as e: dir.with_suffix(".err").write_text(f"{type(e).__name__}: {e}"); os._exit(1)
     os._exit(0)
 """
@@ -119,3 +132,17 @@ def test_another_setting_or_other_data_are_refused(ask, train, tmp_path):
         assert ask(train(tmp_path / "run", **said)) == 1
         assert word in (tmp_path / "run.err").read_text()
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_killed_search_goes_on_and_repeats_no_finished_trial(ask, train, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert ask(train(straight, tune=True, pause=0.0)) == 0, (tmp_path / "straight.err").read_text()
+    cut = random.Random().randint(1, 3)  # killed while this trial trains
+    pid = train(killed, tune=True, pause=.02)
+    written(killed / f"trial-{cut:04d}" / "checkpoint.pt")
+    os.kill(pid, signal.SIGKILL)
+    assert ask(pid) == -signal.SIGKILL
+    assert ask(train(killed, tune=True, pause=0.0)) == 0
+    assert (killed / "table.csv").read_bytes() == (straight / "table.csv").read_bytes(), cut
+    calls = [int(k) for k in (killed / "calls.txt").read_text().split()]
+    assert calls == [*range(cut + 1), *range(cut, 5)]  # only the trial that was cut was begun again
