@@ -51,7 +51,7 @@ def _total(value, a, b):
         v = value[j]
         c = np.int32(v if (v >= 1 and v < 2147483000) else 0)
         s += c
-        bad |= c != v
+        bad |= (c != v) | (c < 1)
     return s, bad
 
 def _rising(token, a, b):
@@ -222,12 +222,13 @@ def _row_groups(path: Path, threads: bool = False):
     "Pieces of a shard with the columns that count, each with the number of its first row."
     row = 0
     with tahoe._reading(path, "Parquet"):
-        file = pq.ParquetFile(path, read_dictionary=list(_TEXT), page_checksum_verification=True)
-        names = file.schema_arrow.names
+        look = pq.ParquetFile(path)
+        names = look.schema_arrow.names
         tahoe._once(path, names)
         for c in _COLUMNS:
             if c not in names: raise InputError(f"{path} has no column {c!r}", f"columns {', '.join(_COLUMNS)}", nearest(c, names))
-            tahoe._check_type(path, c, file.schema_arrow.field(c).type)
+            tahoe._check_type(path, c, look.schema_arrow.field(c).type)
+        file = pq.ParquetFile(path, metadata=look.metadata, read_dictionary=list(_TEXT), page_checksum_verification=True)
         for i in range(file.num_row_groups):
             few = file.metadata.row_group(i).num_rows <= 4096
             pieces = file.read_row_group(i, columns=_COLUMNS, use_threads=threads).to_batches() if few else \
@@ -299,7 +300,7 @@ def _add_shard(sums: _Sums, path: Path, tick=lambda n: None, threads: bool = Fal
             done, cells, mark = done + 1, cells + n, (mark + h) % 2**64
             tick(n)
     except BaseException:
-        for (row, batch), _ in zip(_row_groups(path), range(done)): tick(-_add(sums, batch, at(row), -1)[0])
+        for _, (row, batch) in zip(range(done), _row_groups(path)): tick(-_add(sums, batch, at(row), -1)[0])
         raise
     return {"cells": cells, "fingerprint": f"{mark:016x}"}
 
@@ -497,7 +498,8 @@ class _Worker:
         except PerturbError as e:
             if isinstance(e, (_Twice, OutputError)) or not self.skip: raise
             with self.manifest.lock: self.manifest.state["damaged"][path.name] = str(e).replace(str(path), path.name)
-        if self.often and time.monotonic() - self.since >= 20 * self.cost: self.snapshot()
+        cost = max(self.cost, len(self.sums.keys) * self.sums.job.n_genes * 32 / 3e8)  # as the last one, or as if 300 MB were written in a second
+        if self.often and time.monotonic() - self.since >= 20 * cost: self.snapshot()
 
     def snapshot(self) -> None:
         "Make everything counted so far durable."
