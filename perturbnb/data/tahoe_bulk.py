@@ -232,11 +232,13 @@ def _row_groups(path: Path, threads: bool = False):
         file = pq.ParquetFile(path, metadata=look.metadata, read_dictionary=list(_TEXT), page_checksum_verification=True)
         for i in range(file.num_row_groups):
             few = file.metadata.row_group(i).num_rows <= 4096
-            pieces = file.read_row_group(i, columns=_COLUMNS, use_threads=threads).to_batches() if few else \
+            pieces = iter(file.read_row_group(i, columns=_COLUMNS, use_threads=threads).to_batches()) if few else \
                 file.iter_batches(batch_size=2048, row_groups=[i], columns=_COLUMNS, use_threads=threads)
             for batch in pieces:
-                if batch.num_rows: yield row, batch
-                row += batch.num_rows
+                n = batch.num_rows
+                if n: yield row, batch
+                row += n
+                del batch  # its memory is what the next one is decoded into
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #a438c4f7
 class _Sums:
@@ -300,6 +302,7 @@ def _add_shard(sums: _Sums, path: Path, tick=lambda n: None, threads: bool = Fal
             n, h = _add(sums, batch, at(row))
             done, cells, mark = done + 1, cells + n, (mark + h) % 2**64
             tick(n)
+            del batch
     except BaseException:
         for _, (row, batch) in zip(range(done), _row_groups(path)): tick(-_add(sums, batch, at(row), -1)[0])
         raise
