@@ -153,7 +153,8 @@ class History:
 
     def __repr__(self):
         last = f"best epoch {self.best}" if self.best else "weights of the last epoch"
-        return f"{len(self.table)} epochs ({self.stopped}), {last}" + (f", resumed in epoch {self.resumed[0]}" if self.resumed else "")
+        how = "" if not self.resumed else ", read from its checkpoint" if self.resumed[0] > len(self.table) else f", resumed in epoch {self.resumed[0]}"
+        return f"{len(self.table)} epochs ({self.stopped}), {last}{how}"
 
 # %% ../../nbs/train/01_fit.ipynb #56743c60
 class Diverged(RunError): "The loss or its gradient became NaN or infinite."
