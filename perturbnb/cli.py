@@ -174,12 +174,13 @@ def rank(
     controls: Annotated[Optional[Path], typer.Option(help="Bulk table (.h5ad) with control rows of a line that the model does not know.")] = None,
     n_random: Annotated[int, typer.Option(help="Random signatures to compare with.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the random signatures.")] = 0,
+    min_genes: Annotated[Optional[int], typer.Option(help="Shared genes below which nothing is ranked [default: 100 for values].")] = None,
     out: Annotated[Optional[Path], typer.Option(help="CSV for all rows; its account goes beside it as .csv.json.")] = None,
 ):
     "Drugs whose effect resembles a signature, or reverses it, beside what random signatures reach."
     from perturbnb.interpret.use import rank_command
     print(rank_command(source, signature, out=out, candidates=candidates, cell_line=cell_line, reverse=reverse, top=top, by=by, similarity=similarity,
-                       controls=controls, n_random=n_random, seed=seed, progress=sys.stderr.isatty(),
+                       controls=controls, n_random=n_random, seed=seed, min_genes=min_genes, progress=sys.stderr.isatty(),
                        **{k: v for k, v in dict(value=value, gene=gene).items() if v is not None}))
 
 # %% ../nbs/cli.ipynb #822e61ad
