@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELL_KINDS', 'UNPUBLISHED', 'controls_of', 'line_means', 'CellFeatures', 'cell_features']
 
-# %% ../../nbs/data/07b_cell_features.ipynb #7b107572
+# %% ../../nbs/data/07b_cell_features.ipynb #9d9e960a
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from ..core import InputError, file_hash, nearest
 from .drugs import plain
 from .drug_features import read_vectors
 
-# %% ../../nbs/data/07b_cell_features.ipynb #68e47247
+# %% ../../nbs/data/07b_cell_features.ipynb #1e6ed288
 def controls_of(
     bulk: ad.AnnData,  # a bulk table, or a table of controls
 ) -> ad.AnnData:  # its control rows
@@ -34,17 +34,22 @@ def controls_of(
 
 def _control_table(controls: ad.AnnData) -> ad.AnnData:
     "The table itself if it holds levels of controls alone."
-    if not isinstance(controls, ad.AnnData): raise InputError(f"a {type(controls).__name__}", "an AnnData of controls", "pass the control rows of a bulk table")
+    if not isinstance(controls, ad.AnnData):
+        raise InputError(f"a {type(controls).__name__}", "an AnnData of controls", "pass the control rows of a bulk table")
     for c in ("cell_line", "batch", "pert_type"):
-        if c not in controls.obs: raise InputError(f"no column {c!r} in obs", "the control rows of a bulk table", nearest(c, controls.obs.columns))
+        if c not in controls.obs:
+            raise InputError(f"no column {c!r} in obs", "the control rows of a bulk table", nearest(c, controls.obs.columns))
     treated = controls.obs_names[controls.obs["pert_type"].astype(str) != "control"]
-    if len(treated): raise InputError(f"row {treated[0]!r} is treated ({len(treated)} such rows)", "controls alone: treated cells hold the answer", "select them with controls_of")
-    if not controls.n_obs or not controls.n_vars: raise InputError(f"{controls.n_obs} rows and {controls.n_vars} genes", "controls of at least one line", "look at the table")
+    if len(treated):
+        raise InputError(f"row {treated[0]!r} is treated ({len(treated)} such rows)", "controls alone: treated cells hold the answer",
+                         "select them with controls_of")
+    if not controls.n_obs or not controls.n_vars:
+        raise InputError(f"{controls.n_obs} rows and {controls.n_vars} genes", "controls of at least one line", "look at the table")
     scale = dict(controls.uns.get("perturbnb", {})).get("scale", "log1p_cp10k")
     if scale != "log1p_cp10k": raise InputError(f"controls in {scale}", "levels: mean log1p CP10k", "take the controls before subtracting")
     return controls
 
-# %% ../../nbs/data/07b_cell_features.ipynb #ccf8ef8d
+# %% ../../nbs/data/07b_cell_features.ipynb #c410887e
 def line_means(
     controls: ad.AnnData,  # a controls table
     *,
@@ -53,17 +58,21 @@ def line_means(
     "The mean control profile of each line."
     if weight not in ("plates", "cells"): raise InputError(f"weight={weight!r}", "plates or cells", nearest(weight, ["plates", "cells"]))
     c = _control_table(controls)
-    obs = pd.DataFrame({k: c.obs[k].astype(str).to_numpy() for k in ("cell_line", "batch")}).assign(row=c.obs_names.astype(str), n=c.obs["n_cells"].to_numpy(float) if "n_cells" in c.obs else 1.0)
+    obs = pd.DataFrame({k: c.obs[k].astype(str).to_numpy() for k in ("cell_line", "batch")}).assign(row=c.obs_names.astype(str),
+        n=c.obs["n_cells"].to_numpy(float) if "n_cells" in c.obs else 1.0)
     order = obs.sort_values(["cell_line", "batch", "row"]).index.to_numpy()  # sums then do not depend on the order of the rows
     x = np.asarray(c.X.toarray() if sparse.issparse(c.X) else c.X, float)[order]
-    if (bad := ~np.isfinite(x).all(1)).any(): raise InputError(f"control row {obs.row[order[int(bad.argmax())]]!r} has a value that is not finite", "mean log1p CP10k", "make the table again")
+    if (bad := ~np.isfinite(x).all(1)).any():
+        raise InputError(f"control row {obs.row[order[int(bad.argmax())]]!r} has a value that is not finite", "mean log1p CP10k",
+                         "make the table again")
     o, w = obs.loc[order].reset_index(drop=True), 1.0
-    if weight == "plates": w = 1.0 / o.groupby(["cell_line", "batch"])["n"].transform("sum")  # a plate split into several wells still counts once
+    if weight == "plates": w = 1.0 / o.groupby(["cell_line",
+                                                "batch"])["n"].transform("sum")  # a plate split into several wells still counts once
     w = (o["n"] * w).to_numpy()
     rows = {line: np.average(x[i], axis=0, weights=w[i]) for line, i in o.groupby("cell_line").indices.items()}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="cell_line"), columns=c.var_names)
 
-# %% ../../nbs/data/07b_cell_features.ipynb #83d86569
+# %% ../../nbs/data/07b_cell_features.ipynb #ac1c858c
 @dataclass(frozen=True, eq=False)
 class CellFeatures:
     "Numbers for cell lines, joined by name."
@@ -92,11 +101,11 @@ class CellFeatures:
         gaps = f", {int((~self.known).sum())} of them unknown" if not self.known.all() else ""
         return f"CellFeatures({self.kind}: {len(self.names)} lines{gaps} × {self.d})"
 
-# %% ../../nbs/data/07b_cell_features.ipynb #46a50059
+# %% ../../nbs/data/07b_cell_features.ipynb #05563aa6
 CELL_KINDS: "dict[str, Callable]" = {}  # name -> make(controls, fit_lines, **options) -> CellFeatures
 
 def cell_features(
-    controls: "ad.AnnData | Sequence[str] | None",  # controls table of all lines, held-out ones too; names of the lines will do for kinds that read no values
+    controls: "ad.AnnData | Sequence[str] | None",  # controls of all lines, held-out ones too; or their names, if the kind reads no values
     kind: str = "pca",  # one of CELL_KINDS
     *,
     fit_lines: "Sequence[str] | None" = None,  # the training lines; all lines if not told
@@ -110,40 +119,47 @@ def cell_features(
         if o not in valid: raise InputError(f"option {o!r} of kind {kind}", f"one of {', '.join(valid) or 'none'}", nearest(o, valid))
     return make(controls, fit_lines, **options)
 
+# %% ../../nbs/data/07b_cell_features.ipynb #c4ad9568
 def _line_names(controls, fit_lines: "Sequence[str] | None") -> "tuple[list, np.ndarray]":
     "Lines, sorted, and which of them are training lines."
-    names = [] if controls is None else _control_table(controls).obs["cell_line"] if isinstance(controls, ad.AnnData) else [controls] if isinstance(controls, str) else controls
+    names = [] if controls is None else _control_table(controls).obs["cell_line"] if isinstance(controls,
+        ad.AnnData) else [controls] if isinstance(controls, str) else controls
     names = sorted({str(n) for n in names})
     if not names: raise InputError("no cell line", "a controls table, or names of lines", "name the lines")
     if len({plain(n) for n in names}) < len(names): raise InputError("two spellings of one cell line", "one spelling", "correct the names")
     wanted = {plain(n) for n in (names if fit_lines is None else fit_lines)}
-    if lost := sorted(wanted - {plain(n) for n in names}): raise InputError(f"training line {lost[0]!r} has no controls", "controls of every training line", nearest(lost[0], names))
+    if lost := sorted(wanted - {plain(n) for n in names}):
+        raise InputError(f"training line {lost[0]!r} has no controls", "controls of every training line", nearest(lost[0], names))
     train = np.array([plain(n) in wanted for n in names])
     if not train.any(): raise InputError("no training line", "at least one", "name them with fit_lines=")
     return names, train
 
-# %% ../../nbs/data/07b_cell_features.ipynb #bbe86ea2
+# %% ../../nbs/data/07b_cell_features.ipynb #04f9ceb1
 def _make_learned(controls, fit_lines) -> CellFeatures:
     "A one-hot index of the training lines."
     names, train = _line_names(controls, fit_lines)
     x = np.eye(len(names), dtype=np.float32)[:, train] * train[:, None]
-    return CellFeatures("learned", names, x.astype(np.float32), train, ["" if t else "a learned index cannot serve a line outside training" for t in train], {})
+    return CellFeatures("learned", names, x.astype(np.float32), train,
+                        ["" if t else "a learned index cannot serve a line outside training" for t in train], {})
 
 def _make_zeros(controls, fit_lines, *, n: int = 16) -> CellFeatures:
     "Nothing at all."
     names, _ = _line_names(controls, fit_lines)
-    return CellFeatures("zeros", names, np.zeros((len(names), int(n)), np.float32), np.ones(len(names), bool), [""] * len(names), {"n": int(n)})
+    return CellFeatures("zeros", names, np.zeros((len(names), int(n)), np.float32), np.ones(len(names), bool), [""] * len(names),
+                        {"n": int(n)})
 
 CELL_KINDS["learned"], CELL_KINDS["zeros"] = _make_learned, _make_zeros
 
-# %% ../../nbs/data/07b_cell_features.ipynb #0041ea17
+# %% ../../nbs/data/07b_cell_features.ipynb #16e1ec69
 def _components(m: np.ndarray, k: int) -> np.ndarray:
     "The first k principal directions of centred rows, signs fixed; (k or fewer, genes)."
     _, s, v = np.linalg.svd(m, full_matrices=False)
     v = v[:k][s[:k] > 1e-9 * max(1.0, s[0])]
-    if not len(v): raise InputError("the control profiles of the training lines do not differ", "lines that differ", "look at the controls table")
+    if not len(v):
+        raise InputError("the control profiles of the training lines do not differ", "lines that differ", "look at the controls table")
     return v * np.sign(v[np.arange(len(v)), np.abs(v).argmax(1)])[:, None]
 
+# %% ../../nbs/data/07b_cell_features.ipynb #61c0288c
 def _make_pca(
     controls,
     fit_lines,
@@ -154,21 +170,27 @@ def _make_pca(
     "Principal components of the control profiles of the training lines."
     names, train = _line_names(controls, fit_lines)
     most = int(train.sum()) - 1
-    if most < 1: raise InputError(f"{most + 1} training line", "two or more", "PCA describes differences between lines: use learned, or more lines")
-    if n is not None and not 1 <= n <= most: raise InputError(f"n={n} components of {most + 1} training lines", f"1 to {most}", "ask for fewer, or leave n out")
+    if most < 1:
+        raise InputError(f"{most + 1} training line", "two or more", "PCA describes differences between lines: use learned, or more lines")
+    if n is not None and not 1 <= n <= most:
+        raise InputError(f"n={n} components of {most + 1} training lines", f"1 to {most}", "ask for fewer, or leave n out")
     m = line_means(controls, weight=weight).loc[names]
     mean = m.to_numpy()[train].mean(0)
     v = _components(m.to_numpy()[train] - mean, min(16, most) if n is None else n)
     z = (m.to_numpy()[train] - mean) @ v.T
-    arrays = {"mean": mean, "components": v, "scale": np.array([np.sqrt((z**2).mean())]), "spread": (z**2).sum(0) / ((m.to_numpy()[train] - mean) ** 2).sum()}
+    arrays = {"mean": mean, "components": v, "scale": np.array([np.sqrt((z**2).mean())]),
+              "spread": (z**2).sum(0) / ((m.to_numpy()[train] - mean) ** 2).sum()}
     x = _project(m.to_numpy(), arrays)
-    return CellFeatures("pca", names, x, np.ones(len(names), bool), [""] * len(names), {"weight": weight, "n_fit": most + 1}, arrays, list(m.columns))
+    return CellFeatures("pca", names, x, np.ones(len(names), bool), [""] * len(names), {"weight": weight, "n_fit": most + 1}, arrays,
+                        list(m.columns))
 
-def _project(m: np.ndarray, arrays: dict) -> np.ndarray: return ((m - arrays["mean"]) @ arrays["components"].T / arrays["scale"]).astype(np.float32)
-
+# %% ../../nbs/data/07b_cell_features.ipynb #355cc5ee
+def _project(m: np.ndarray, arrays: dict) -> np.ndarray:
+    "Features of line profiles."
+    return ((m - arrays["mean"]) @ arrays["components"].T / arrays["scale"]).astype(np.float32)
 CELL_KINDS["pca"] = _make_pca
 
-# %% ../../nbs/data/07b_cell_features.ipynb #25e9350d
+# %% ../../nbs/data/07b_cell_features.ipynb #34a78266
 @patch
 def rows(
     self: CellFeatures,
@@ -184,6 +206,7 @@ def rows(
     known = (at >= 0) & self.known[at]
     return np.where(known[:, None], self.x[at], 0).astype(np.float32), known
 
+# %% ../../nbs/data/07b_cell_features.ipynb #15471c78
 @patch
 def with_lines(
     self: CellFeatures,
@@ -192,14 +215,16 @@ def with_lines(
     "The features with more lines."
     if self.kind != "pca": return self
     if lost := [g for g in self.genes if g not in controls.var_names]:
-        raise InputError(f"the controls lack {len(lost)} of {len(self.genes)} genes, such as {lost[0]!r}", "every gene of the fit", "measure or select the same genes")
+        raise InputError(f"the controls lack {len(lost)} of {len(self.genes)} genes, such as {lost[0]!r}", "every gene of the fit",
+                         "measure or select the same genes")
     m = line_means(controls[:, self.genes], weight=self.options["weight"])
     m = m[[plain(n) not in self._place for n in m.index]]
     names, x = [*self.names, *m.index], np.vstack([self.x, _project(m.to_numpy().reshape(len(m), len(self.genes)), self.arrays)])
     order = np.argsort(names, kind="stable")
-    return CellFeatures("pca", [names[i] for i in order], x[order], np.ones(len(names), bool), [""] * len(names), self.options, self.arrays, self.genes, self.notes)
+    return CellFeatures("pca", [names[i] for i in order], x[order], np.ones(len(names), bool), [""] * len(names), self.options,
+                        self.arrays, self.genes, self.notes)
 
-# %% ../../nbs/data/07b_cell_features.ipynb #22a46cc8
+# %% ../../nbs/data/07b_cell_features.ipynb #7f7f429a
 @patch
 def state(
     self: CellFeatures,
@@ -211,6 +236,7 @@ def state(
     return ({prefix + k: np.ascontiguousarray(v) for k, v in arrays.items()}, {prefix + k: list(v) for k, v in names.items()},
             {prefix + "kind": self.kind, prefix + "options": dict(self.options)})
 
+# %% ../../nbs/data/07b_cell_features.ipynb #8aae5d13
 @patch(cls_method=True)
 def from_state(
     cls: CellFeatures,
@@ -222,14 +248,16 @@ def from_state(
     "The features that `state` described."
     try:
         n = {k: list(names[prefix + k]) for k in ("names", "why", "genes", "notes")}
-        kind, o, x, known = options[prefix + "kind"], dict(options[prefix + "options"]), arrays[prefix + "x"], arrays[prefix + "known"].astype(bool)
-    except KeyError as e: raise InputError(f"no {e.args[0]!r} in the stored cell features", "what `state` gave", "save the model again") from None
+        kind, o = options[prefix + "kind"], dict(options[prefix + "options"])
+        x, known = arrays[prefix + "x"], arrays[prefix + "known"].astype(bool)
+    except KeyError as e: raise InputError(f"no {e.args[0]!r} in the stored cell features", "what `state` gave",
+                                           "save the model again") from None
     if len({len(n["names"]), len(n["why"]), len(x), len(known)}) > 1 or x.ndim != 2 or kind not in CELL_KINDS:
         raise InputError(f"stored cell features of kind {kind!r} and different lengths", "what `state` gave", "save the model again")
     fitted = {k[len(prefix) + 4:]: v for k, v in arrays.items() if k.startswith(prefix + "fit_")}
     return cls(kind, n["names"], x, known, n["why"], o, fitted, n["genes"], tuple(n["notes"]))
 
-# %% ../../nbs/data/07b_cell_features.ipynb #eb014c2f
+# %% ../../nbs/data/07b_cell_features.ipynb #9e974aa4
 def _make_file(
     controls,
     fit_lines,
@@ -247,11 +275,16 @@ def _make_file(
     spelt, ids = {plain(n): i for i, n in enumerate(v.index)}, None if ids is None else {plain(k): i for k, i in dict(ids).items()}
     own = [n if ids is None else ids.get(plain(n)) for n in lines]
     at = np.array([-1 if o is None or o != o else spelt.get(plain(o), -1) for o in own], int)
-    if (at < 0).all(): raise InputError(f"no common name: {Path(path).name} has {v.index[0]!r}, the data {lines[0]!r}", "vectors of these lines", "give ids=, the file's name of each line")
+    if (at < 0).all():
+        raise InputError(f"no common name: {Path(path).name} has {v.index[0]!r}, the data {lines[0]!r}", "vectors of these lines",
+                         "give ids=, the file's name of each line")
     x = np.where((at >= 0)[:, None], v.to_numpy()[at], 0).astype(np.float32)
-    why = np.where(at < 0, ["no name in the file" if o is None or o != o else "not in the file" for o in own], np.where(x.any(1), "", "a row of zeros in the file"))
+    why = np.where(at < 0, ["no name in the file" if o is None or o != o else "not in the file" for o in own],
+                   np.where(x.any(1), "", "a row of zeros in the file"))
     note = note or f"{UNPUBLISHED} ({Path(path).name})"
     return CellFeatures("file", lines, x, why == "", why.tolist(), {"file": Path(path).name, "hash": file_hash(path)[:16]}, notes=(note,))
 
-UNPUBLISHED = "cell-line vectors made elsewhere: they may have been trained on treated cells of held-out drugs or lines, so a leak cannot be excluded"
+# %% ../../nbs/data/07b_cell_features.ipynb #c762fb27
+UNPUBLISHED = ("cell-line vectors made elsewhere: they may have been trained on treated cells of held-out drugs or lines, "
+               "so a leak cannot be excluded")
 CELL_KINDS["file"] = _make_file

@@ -6,11 +6,11 @@
 __all__ = ['ENCODERS', 'KINDS', 'DrugFeatures', 'drug_features', 'raw_descriptors', 'row_names', 'read_vectors', 'use_weights',
            'targets', 'collisions']
 
-# %% ../../nbs/data/07a_drug_features.ipynb #64a2c337
+# %% ../../nbs/data/07a_drug_features.ipynb #29519c6c
 import inspect, json, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from ..core import InputError, MissingFile, file_hash, nearest, verified
 from .drugs import morgan, parent, plain, structure_groups, structure_key
 from .schema import is_control_name
 
-# %% ../../nbs/data/07a_drug_features.ipynb #8b622a28
-def _readable(smiles: "str | None") -> str:
-    "Why a structure cannot be used; empty if it can."
-    if smiles is None: return "no SMILES"
-    try: structure_key(smiles)
-    except InputError: return "invalid SMILES"
-    return ""
+# %% ../../nbs/data/07a_drug_features.ipynb #1c410ee5
+@lru_cache(maxsize=100_000)
+def _looked(smiles: "str | None") -> "tuple[str, str]":
+    "Why a structure cannot be used, empty if it can; and its key, empty if there is none."
+    if smiles is None: return "no SMILES", ""
+    try: return "", structure_key(smiles)
+    except InputError: return "invalid SMILES", ""
 
 def _text(value) -> "str | None":
     "The text of a cell that may hold a gap."
@@ -36,26 +36,33 @@ def _text(value) -> "str | None":
 def _one_structure(name: str, found: Sequence) -> "str | None":
     "The structure of a drug from all its rows."
     texts = list(dict.fromkeys(s for s in found if s is not None))
-    if len(texts) > 1: raise InputError(f"drug {name!r} has {len(texts)} structures: {texts[0][:40]} and {texts[1][:40]}", "one for each name", "correct the wrong one")
+    if len(texts) > 1:
+        raise InputError(f"drug {name!r} has {len(texts)} structures: {texts[0][:40]} and {texts[1][:40]}", "one for each name",
+                         "correct the wrong one")
     return texts[0] if texts else None
 
-# %% ../../nbs/data/07a_drug_features.ipynb #6821cc9d
+# %% ../../nbs/data/07a_drug_features.ipynb #c115ae84
 def _drug_table(drugs: pd.DataFrame, name: str, smiles: str) -> pd.DataFrame:
     "One row for each drug, sorted by name: smiles (None if none can be used), why, key, group."
-    if not isinstance(drugs, pd.DataFrame): raise InputError(f"a {type(drugs).__name__}", "a table of drugs", "pass a DataFrame with names and SMILES")
-    if name not in drugs: raise InputError(f"no column {name!r} among the drugs", "a column with their names", f"name it with name= ({nearest(name, drugs.columns)})")
+    if not isinstance(drugs, pd.DataFrame):
+        raise InputError(f"a {type(drugs).__name__}", "a table of drugs", "pass a DataFrame with names and SMILES")
+    if name not in drugs:
+        raise InputError(f"no column {name!r} among the drugs", "a column with their names",
+                         f"name it with name= ({nearest(name, drugs.columns)})")
     texts = [_text(v) for v in drugs[name]]
-    if not texts or None in texts: raise InputError("no drug at all" if not texts else f"row {texts.index(None) + 1} has no drug name", "a name in each row", "fill it in or drop the row")
-    if bad := [t for t in texts if is_control_name(t)]: raise InputError(f"{bad[0]!r} among the drugs", "treatments only", "drop the controls")
+    if not texts or None in texts:
+        raise InputError("no drug at all" if not texts else f"row {texts.index(None) + 1} has no drug name", "a name in each row",
+                         "fill it in or drop the row")
+    if bad := [t for t in texts if is_control_name(t)]:
+        raise InputError(f"{bad[0]!r} among the drugs", "treatments only", "drop the controls")
     t = pd.DataFrame({"drug": texts, "smiles": [_text(v) for v in drugs[smiles]] if smiles in drugs else None}).astype(object)
     rows = [(g["drug"].min(), _one_structure(n, g["smiles"])) for n, g in t.groupby(t["drug"].map(plain))]
     out = pd.DataFrame(rows, columns=["drug", "smiles"]).astype(object).sort_values("drug", ignore_index=True)
-    out["why"] = [_readable(s) for s in out["smiles"]]
+    out["why"], out["key"] = zip(*map(_looked, out["smiles"]))
     out["smiles"] = out["smiles"].where(out["why"] == "", None)
-    out["key"] = [structure_key(s) or "" for s in out["smiles"]]
     return out.assign(group=structure_groups(out)["group"].reindex(out["drug"]).to_numpy()).set_index("drug")
 
-# %% ../../nbs/data/07a_drug_features.ipynb #b616ac25
+# %% ../../nbs/data/07a_drug_features.ipynb #124b055b
 @dataclass(frozen=True, eq=False)
 class DrugFeatures:
     "Numbers for drugs, joined by name."
@@ -89,10 +96,10 @@ class DrugFeatures:
         gaps = f", {int((~self.known).sum())} of them unknown" if not self.known.all() else ""
         return f"DrugFeatures({self.kind}: {len(self.names)} drugs{gaps} × {self.d})"
 
-# %% ../../nbs/data/07a_drug_features.ipynb #6302816b
+# %% ../../nbs/data/07a_drug_features.ipynb #7aba2425
 ENCODERS: "dict[str, Callable]" = {}  # hash of local weights -> function from SMILES to vectors; filled by `use_weights`
 
-# %% ../../nbs/data/07a_drug_features.ipynb #67a879c0
+# %% ../../nbs/data/07a_drug_features.ipynb #e7e686e5
 KINDS: "dict[str, tuple]" = {}  # name -> (make(table, **options) -> DrugFeatures, compute(features, smiles) -> array or None)
 
 def _features(kind: str, table: pd.DataFrame, x: np.ndarray, known: np.ndarray, why: Sequence, **rest) -> DrugFeatures:
@@ -106,7 +113,7 @@ def _placed(table: pd.DataFrame, x: np.ndarray) -> np.ndarray:
     out[table["smiles"].notna().to_numpy()] = x
     return out
 
-# %% ../../nbs/data/07a_drug_features.ipynb #31ac3efa
+# %% ../../nbs/data/07a_drug_features.ipynb #173a4bc2
 def _make_morgan(
     table: pd.DataFrame,  # from _drug_table
     *,
@@ -122,7 +129,7 @@ def _make_morgan(
 
 KINDS["morgan"] = _make_morgan, lambda f, smiles: morgan(smiles, **f.options)
 
-# %% ../../nbs/data/07a_drug_features.ipynb #ff8f9ecb
+# %% ../../nbs/data/07a_drug_features.ipynb #1973a25b
 def drug_features(
     drugs: pd.DataFrame,  # a row for each drug, or more
     kind: str = "morgan",  # one of KINDS
@@ -143,12 +150,14 @@ def drug_features(
     if warn: _warn(f, table.index)
     return f
 
+# %% ../../nbs/data/07a_drug_features.ipynb #8bca6f75
 def _warn(f: DrugFeatures, names: Sequence) -> None:
     "One warning for all drugs that are not known."
     bad = [f"{n} ({f.why[f._place[plain(n)]]})" for n in names if not f.known[f._place[plain(n)]]]
-    if bad: warnings.warn(f"{len(bad)} of {len(names)} drugs have no {f.kind} features and get the vector of an unknown drug: {', '.join(bad)}", stacklevel=3)
+    what = f"{len(bad)} of {len(names)} drugs have no {f.kind} features and get the vector of an unknown drug"
+    if bad: warnings.warn(f"{what}: {', '.join(bad)}", stacklevel=3)
 
-# %% ../../nbs/data/07a_drug_features.ipynb #237cc1ea
+# %% ../../nbs/data/07a_drug_features.ipynb #b5b99735
 @patch
 def rows(
     self: DrugFeatures,
@@ -158,17 +167,19 @@ def rows(
     "Features of named drugs."
     names = [names] if isinstance(names, str) else [str(n) for n in names]
     given = [None] * len(names) if smiles is None else [_text(s) for s in ([smiles] if isinstance(smiles, str) else smiles)]
-    if len(given) != len(names): raise InputError(f"{len(names)} names and {len(given)} structures", "one structure for each name", "write None where there is none")
+    if len(given) != len(names):
+        raise InputError(f"{len(names)} names and {len(given)} structures", "one structure for each name", "write None where there is none")
     code, unique = pd.factorize(pd.Series(list(zip(names, given)), dtype=object))
     x, known = _unique_rows(self, list(unique))
     return x[code], known[code]
 
+# %% ../../nbs/data/07a_drug_features.ipynb #08ecf7a6
 def _unique_rows(f: DrugFeatures, asked: list) -> "tuple[np.ndarray, np.ndarray]":
     "Features of (name, SMILES) pairs: by name, else by structure, else computed."
     if f.kind == "zeros": return np.zeros((len(asked), f.d), np.float32), np.ones(len(asked), bool)
     at = np.array([f._place.get(plain(n), -1) for n, _ in asked], int)
-    need = [i for i, (_, s) in enumerate(asked) if s is not None and not _readable(s) and not (at[i] >= 0 and f.known[at[i]])]
-    for i in need: at[i] = f._place_of_key.get(structure_key(asked[i][1]), -1)
+    need = [i for i, (_, s) in enumerate(asked) if s is not None and _looked(s)[1] and not (at[i] >= 0 and f.known[at[i]])]
+    for i in need: at[i] = f._place_of_key.get(_looked(asked[i][1])[1], -1)
     x, known = np.zeros((len(asked), f.d), np.float32), np.zeros(len(asked), bool)
     x[at >= 0], known[at >= 0] = f.x[at[at >= 0]], f.known[at[at >= 0]]
     new, compute = [i for i in need if at[i] < 0], KINDS[f.kind][1]
@@ -176,7 +187,7 @@ def _unique_rows(f: DrugFeatures, asked: list) -> "tuple[np.ndarray, np.ndarray]
     if made is not None: x[new], known[new] = made, True
     return x, known
 
-# %% ../../nbs/data/07a_drug_features.ipynb #bab9c874
+# %% ../../nbs/data/07a_drug_features.ipynb #175e5657
 @patch
 def state(
     self: DrugFeatures,
@@ -184,10 +195,12 @@ def state(
 ) -> "tuple[dict, dict, dict]":  # arrays (numeric), names (lists of text), options (JSON)
     "Everything as plain arrays, lists and settings."
     arrays = {"x": self.x, "known": self.known.astype(np.uint8), **{f"fit_{k}": v for k, v in self.arrays.items()}}
-    names = {"names": self.names, "group": [str(g) for g in self.group], "key": self.key, "why": self.why, "columns": self.columns, "notes": list(self.notes)}
+    names = {"names": self.names, "group": [str(g) for g in self.group], "key": self.key, "why": self.why, "columns": self.columns,
+             "notes": list(self.notes)}
     return ({prefix + k: np.ascontiguousarray(v) for k, v in arrays.items()}, {prefix + k: list(v) for k, v in names.items()},
             {prefix + "kind": self.kind, prefix + "options": dict(self.options)})
 
+# %% ../../nbs/data/07a_drug_features.ipynb #be1ad161
 @patch(cls_method=True)
 def from_state(
     cls: DrugFeatures,
@@ -199,15 +212,19 @@ def from_state(
     "The features that `state` described."
     try:
         n = {k: list(names[prefix + k]) for k in ("names", "group", "key", "why", "columns", "notes")}
-        kind, o, x, known = options[prefix + "kind"], dict(options[prefix + "options"]), arrays[prefix + "x"], arrays[prefix + "known"].astype(bool)
-    except KeyError as e: raise InputError(f"no {e.args[0]!r} in the stored drug features", "what `state` gave", "save the model again") from None
-    if kind not in KINDS: raise InputError(f"drug features of kind {kind!r}", f"one of {', '.join(KINDS)}", "use the version that wrote them")
+        kind, o = options[prefix + "kind"], dict(options[prefix + "options"])
+        x, known = arrays[prefix + "x"], arrays[prefix + "known"].astype(bool)
+    except KeyError as e: raise InputError(f"no {e.args[0]!r} in the stored drug features", "what `state` gave",
+                                           "save the model again") from None
+    if kind not in KINDS:
+        raise InputError(f"drug features of kind {kind!r}", f"one of {', '.join(KINDS)}", "use the version that wrote them")
     if len({len(n["names"]), len(n["group"]), len(n["key"]), len(n["why"]), len(x), len(known)}) > 1 or x.ndim != 2:
         raise InputError("stored drug features of different lengths", "what `state` gave", "save the model again")
     fitted = {k[len(prefix) + 4:]: v for k, v in arrays.items() if k.startswith(prefix + "fit_")}
-    return cls(kind, n["names"], x, known, np.array(n["group"], dtype=object), n["key"], n["why"], n["columns"], o, fitted, tuple(n["notes"]))
+    return cls(kind, n["names"], x, known, np.array(n["group"], dtype=object), n["key"], n["why"], n["columns"], o, fitted,
+               tuple(n["notes"]))
 
-# %% ../../nbs/data/07a_drug_features.ipynb #a1fb63bc
+# %% ../../nbs/data/07a_drug_features.ipynb #80c2d5d0
 def _make_learned(table: pd.DataFrame) -> DrugFeatures:
     "A one-hot index."
     n = len(table)
@@ -219,11 +236,12 @@ def _make_zeros(
     n: int = 2048,  # columns, all zero
 ) -> DrugFeatures:
     "Nothing at all."
-    return _features("zeros", table, np.zeros((len(table), int(n))), np.ones(len(table), bool), [""] * len(table), columns=[], options={"n": int(n)})
+    return _features("zeros", table, np.zeros((len(table), int(n))), np.ones(len(table), bool), [""] * len(table), columns=[],
+                     options={"n": int(n)})
 
 KINDS["learned"], KINDS["zeros"] = (_make_learned, None), (_make_zeros, None)
 
-# %% ../../nbs/data/07a_drug_features.ipynb #613fa2f8
+# %% ../../nbs/data/07a_drug_features.ipynb #d7023876
 def raw_descriptors(
     smiles: "Sequence[str]",  # structures, none missing
     columns: "Sequence[str] | None" = None,  # names of RDKit descriptors; all but Ipc if not given
@@ -240,6 +258,7 @@ def raw_descriptors(
     x = pd.DataFrame(x, columns=columns, dtype=float)
     return x.where(np.isfinite(x))
 
+# %% ../../nbs/data/07a_drug_features.ipynb #e58bcfcf
 def _make_descriptors(
     table: pd.DataFrame,
     *,
@@ -252,13 +271,16 @@ def _make_descriptors(
     fit = raw.loc[_training(fit_drugs, raw.index)].sort_index()
     mean, sd = fit.mean(), fit.std(ddof=0)
     kept = [c for c in raw if sd[c] > 1e-9 * max(1.0, abs(mean[c]))]  # NaN is not greater
-    if not kept: raise InputError(f"no descriptor varies over the {len(fit)} training drugs with a structure", "two training drugs that differ", "give more drugs")
+    if not kept:
+        raise InputError(f"no descriptor varies over the {len(fit)} training drugs with a structure", "two training drugs that differ",
+                         "give more drugs")
     arrays = {"mean": mean[kept].to_numpy(), "sd": sd[kept].to_numpy()}
     x = _placed(table, _standard(raw[kept].to_numpy(), arrays))
     return _features("descriptors", table, x, known, table["why"], columns=kept, options={"fit_drugs": len(fit)}, arrays=arrays)
 
-# %% ../../nbs/data/07a_drug_features.ipynb #07252d67
-def _standard(raw: np.ndarray, arrays: dict) -> np.ndarray: return np.nan_to_num(np.clip((raw - arrays["mean"]) / arrays["sd"], -10, 10), nan=0.0)
+# %% ../../nbs/data/07a_drug_features.ipynb #ba5a8c86
+def _standard(raw: np.ndarray, arrays: dict) -> np.ndarray: return np.nan_to_num(np.clip((raw - arrays["mean"]) / arrays["sd"], -10, 10),
+    nan=0.0)
 
 def _training(fit_drugs: "Sequence[str] | None", index: pd.Index) -> list:
     "The names of the training drugs as the table spells them."
@@ -270,7 +292,7 @@ def _training(fit_drugs: "Sequence[str] | None", index: pd.Index) -> list:
 
 KINDS["descriptors"] = _make_descriptors, lambda f, smiles: _standard(raw_descriptors(smiles, f.columns).to_numpy(), f.arrays)
 
-# %% ../../nbs/data/07a_drug_features.ipynb #cda16d0f
+# %% ../../nbs/data/07a_drug_features.ipynb #99e0b26a
 _NAME_COLUMNS = ("drug", "name", "pert", "cell_line", "cell_line_id")
 
 def _read_matrix(path: Path, key: "str | None") -> "tuple[np.ndarray, list | None]":
@@ -281,8 +303,10 @@ def _read_matrix(path: Path, key: "str | None") -> "tuple[np.ndarray, list | Non
         from safetensors import safe_open
         with safe_open(path, "np") as f:
             keys, names = list(f.keys()), json.loads((f.metadata() or {}).get("names", "null"))
-            if key is None and len(keys) != 1: raise InputError(f"{path.name} holds {', '.join(sorted(keys))}", "one matrix", "name it with key=")
-            if key is not None and key not in keys: raise InputError(f"no {key!r} in {path.name}", "a matrix of the file", nearest(key, keys))
+            if key is None and len(keys) != 1:
+                raise InputError(f"{path.name} holds {', '.join(sorted(keys))}", "one matrix", "name it with key=")
+            if key is not None and key not in keys:
+                raise InputError(f"no {key!r} in {path.name}", "a matrix of the file", nearest(key, keys))
             x = f.get_tensor(key or keys[0])
     else:
         import torch
@@ -291,27 +315,33 @@ def _read_matrix(path: Path, key: "str | None") -> "tuple[np.ndarray, list | Non
         x = x.float().numpy() if isinstance(x, torch.Tensor) else x
     return np.asarray(x), names
 
+# %% ../../nbs/data/07a_drug_features.ipynb #75f9f6dc
 def _split_table(path: Path, t: pd.DataFrame, column: "str | None") -> "tuple[np.ndarray, list]":
     "Names and vectors of a table."
     column = column or next((c for c in _NAME_COLUMNS if c in t), None)
-    if column not in t: raise InputError(f"{path.name} has no column {column or 'with names'}", "a column with names", f"name it with column= ({nearest(str(column), t.columns)})")
+    if column not in t:
+        raise InputError(f"{path.name} has no column {column or 'with names'}", "a column with names",
+                         f"name it with column= ({nearest(str(column), t.columns)})")
     rest = t.drop(columns=column)
     lists = [c for c in rest if rest[c].dtype == object and len(rest) and np.ndim(rest[c].iloc[0]) == 1]
     x = np.stack([np.asarray(v, float) for v in rest[lists[0]]]) if len(lists) == 1 else rest.select_dtypes("number").to_numpy(float)
     return x, t[column].tolist()
 
-# %% ../../nbs/data/07a_drug_features.ipynb #11ec9fcc
+# %% ../../nbs/data/07a_drug_features.ipynb #c588c0d2
 def row_names(
     table: "str | Path | pd.DataFrame",  # names and their row numbers, from 0
 ) -> list:  # names in the order of the rows
     "Names in order, from a table that numbers them."
     t = table if isinstance(table, pd.DataFrame) else pd.read_csv(verified(table))
     numbers = [c for c in t if pd.api.types.is_integer_dtype(t[c])]
-    if t.shape[1] != 2 or len(numbers) != 1: raise InputError(f"columns {', '.join(map(str, t.columns))}", "two columns: names and whole row numbers", "select them")
+    if t.shape[1] != 2 or len(numbers) != 1:
+        raise InputError(f"columns {', '.join(map(str, t.columns))}", "two columns: names and whole row numbers", "select them")
     t = t.sort_values(numbers[0])
-    if t[numbers[0]].tolist() != list(range(len(t))): raise InputError("row numbers with gaps or repeats", f"0 to {len(t) - 1}, each once", "number the rows again")
+    if t[numbers[0]].tolist() != list(range(len(t))):
+        raise InputError("row numbers with gaps or repeats", f"0 to {len(t) - 1}, each once", "number the rows again")
     return t[t.columns.drop(numbers[0])[0]].tolist()
 
+# %% ../../nbs/data/07a_drug_features.ipynb #f5cf7af0
 def read_vectors(
     path: "str | Path",  # .csv, .parquet, .npy, .pt or .safetensors
     names: "Sequence[str] | str | Path | None" = None,  # names in the order of the rows, or a table that numbers them (see row_names)
@@ -322,27 +352,39 @@ def read_vectors(
     "Vectors and the names they belong to."
     path = verified(path)
     kind = path.suffix.lower()
-    if kind not in (".csv", ".parquet", ".npy", ".pt", ".safetensors"): raise InputError(f"{path.name}", "csv, parquet, npy, pt or safetensors", "write the vectors in one of these")
-    try: x, own = _split_table(path, pd.read_csv(path) if kind == ".csv" else pd.read_parquet(path), column) if kind in (".csv", ".parquet") else _read_matrix(path, key)
+    if kind not in (".csv", ".parquet", ".npy", ".pt", ".safetensors"):
+        raise InputError(f"{path.name}", "csv, parquet, npy, pt or safetensors", "write the vectors in one of these")
+    table = {".csv": pd.read_csv, ".parquet": pd.read_parquet}.get(kind)
+    try: x, own = _split_table(path, table(path), column) if table else _read_matrix(path, key)
     except InputError: raise
-    except Exception as e: raise InputError(f"{path.name} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})", "a whole file of numbers", "make or fetch it again") from e
-    if own is not None and names is not None: raise InputError(f"names for {path.name}, which has its own", "one of the two", "leave names= out")
+    except Exception as e:
+        why = (str(e).splitlines() or [""])[0][:80]
+        raise InputError(f"{path.name} cannot be read ({type(e).__name__}: {why})", "a whole file of numbers", "make or fetch it again") from e
+    if own is not None and names is not None:
+        raise InputError(f"names for {path.name}, which has its own", "one of the two", "leave names= out")
     names = own if names is None else row_names(names) if isinstance(names, (str, Path)) else list(names)
     return _named(path.name, x, names)
 
+# %% ../../nbs/data/07a_drug_features.ipynb #99626068
 def _named(file: str, x: np.ndarray, names: "list | None") -> pd.DataFrame:
     "A checked matrix with its names."
     if names is None: raise InputError(f"{file} has no names", "the name of each row", "give names=: rows are never joined by their place")
-    if x.ndim != 2 or not x.shape[1] or x.dtype.kind not in "fiu": raise InputError(f"{file} holds {x.dtype} of shape {x.shape}", "numbers, names by columns", "write a matrix")
-    if len(names) != len(x): raise InputError(f"{len(names)} names for {len(x)} rows of {file}", "one name for each row", "take the names from the table the rows were made from")
+    if x.ndim != 2 or not x.shape[1] or x.dtype.kind not in "fiu":
+        raise InputError(f"{file} holds {x.dtype} of shape {x.shape}", "numbers, names by columns", "write a matrix")
+    if len(names) != len(x):
+        raise InputError(f"{len(names)} names for {len(x)} rows of {file}", "one name for each row",
+                         "take the names from the table the rows were made from")
     texts = [_text(n) for n in names]
     if None in texts: raise InputError(f"row {texts.index(None)} of {file} has no name", "a name for each row", "fill it in")
     spelt = pd.Series([plain(n) for n in texts])
-    if spelt.duplicated().any(): raise InputError(f"{texts[int(spelt.duplicated().argmax())]!r} names two rows of {file}", "each name once", "drop one of the rows")
-    if (bad := ~np.isfinite(x).all(1)).any(): raise InputError(f"{texts[int(bad.argmax())]!r} of {file} has a value that is not finite", "finite numbers; a row of zeros where nothing is known", "mend the row")
+    if spelt.duplicated().any():
+        raise InputError(f"{texts[int(spelt.duplicated().argmax())]!r} names two rows of {file}", "each name once", "drop one of the rows")
+    if (bad := ~np.isfinite(x).all(1)).any():
+        raise InputError(f"{texts[int(bad.argmax())]!r} of {file} has a value that is not finite",
+                         "finite numbers; a row of zeros where nothing is known", "mend the row")
     return pd.DataFrame(x.astype(np.float32), pd.Index(texts, name="name"))
 
-# %% ../../nbs/data/07a_drug_features.ipynb #e6c5ee15
+# %% ../../nbs/data/07a_drug_features.ipynb #25a36ce6
 def _make_chemberta(
     table: pd.DataFrame,
     *,
@@ -354,14 +396,18 @@ def _make_chemberta(
     pooling: str = "mean",  # of the token vectors: mean or cls
 ) -> DrugFeatures:
     "Vectors of a language model of SMILES."
-    if (path is None) == (weights is None): raise InputError("path and weights" if path else "neither path nor weights", "one of the two", "give a file of vectors, or a folder of weights")
+    if (path is None) == (weights is None):
+        raise InputError("path and weights" if path else "neither path nor weights", "one of the two",
+                         "give a file of vectors, or a folder of weights")
     if weights is not None: return _from_weights(table, weights, pooling)
     v = read_vectors(path, names, column=column, key=key)
     spelt = {plain(n): i for i, n in enumerate(v.index)}
     if not any(plain(n) in spelt for n in table.index):
-        raise InputError(f"no common name: {Path(path).name} has {v.index[0]!r}, the table {table.index[0]!r}", "vectors of these drugs", "check the names")
+        raise InputError(f"no common name: {Path(path).name} has {v.index[0]!r}, the table {table.index[0]!r}", "vectors of these drugs",
+                         "check the names")
     return _joined(table, v, spelt, {"file": Path(path).name, "hash": file_hash(path)[:16]})
 
+# %% ../../nbs/data/07a_drug_features.ipynb #9b29c515
 def _joined(table: pd.DataFrame, v: pd.DataFrame, spelt: dict, options: dict) -> DrugFeatures:
     "Vectors of a file at the drugs of the table, and at the other names of the file."
     have = {plain(n) for n in table.index}
@@ -372,10 +418,14 @@ def _joined(table: pd.DataFrame, v: pd.DataFrame, spelt: dict, options: dict) ->
     why = np.where(at < 0, "not in the file", np.where(x.any(1), "", "a row of zeros in the file"))
     note = f"the vectors of {options['file']} were made elsewhere: what their maker trained on is not known here"
     return _features("chemberta", both, x, why == "", why.tolist(), columns=[], options=options, notes=(note,))
+def _encoded(f: DrugFeatures, smiles: "Sequence[str]") -> "np.ndarray | None":
+    "Vectors of new structures, where the weights are at hand."
+    encode = ENCODERS.get(f.options.get("weights"))
+    return encode(smiles) if encode else None
 
-KINDS["chemberta"] = _make_chemberta, lambda f, smiles: ENCODERS[f.options["weights"]](smiles) if f.options.get("weights") in ENCODERS else None
+KINDS["chemberta"] = _make_chemberta, _encoded
 
-# %% ../../nbs/data/07a_drug_features.ipynb #f244bc70
+# %% ../../nbs/data/07a_drug_features.ipynb #3ce6c4ef
 def use_weights(
     folder: "str | Path",  # config.json, tokeniser files, model.safetensors
     pooling: str = "mean",  # mean over the tokens, or cls: the first
@@ -384,16 +434,22 @@ def use_weights(
     folder = Path(folder)
     if pooling not in ("mean", "cls"): raise InputError(f"pooling={pooling!r}", "mean or cls", nearest(pooling, ["mean", "cls"]))
     for f in ("config.json", "model.safetensors"):
-        if not (folder / f).is_file(): raise MissingFile(f"no {folder / f}", "a folder with config.json, tokeniser files and model.safetensors", "fetch the whole folder; pickled weights are not read")
+        if not (folder / f).is_file():
+            raise MissingFile(f"no {folder / f}", "a folder with config.json, tokeniser files and model.safetensors",
+                              "fetch the whole folder; pickled weights are not read")
     try: from transformers import AutoModel, AutoTokenizer
-    except ImportError: raise InputError("transformers is not installed", "the package transformers beside local weights", "pip install transformers, or give a file of vectors with path=") from None
+    except ImportError: raise InputError("transformers is not installed", "the package transformers beside local weights",
+                                         "pip install transformers, or give a file of vectors with path=") from None
     key = f"{file_hash(folder / 'model.safetensors')[:16]}-{pooling}"
     if key not in ENCODERS:
         local = {"local_files_only": True, "trust_remote_code": False}
-        try: ENCODERS[key] = _encode_with(AutoTokenizer.from_pretrained(folder, **local), AutoModel.from_pretrained(folder, use_safetensors=True, **local).eval(), pooling)
-        except (OSError, ValueError, KeyError) as e: raise InputError(f"{folder} cannot be loaded ({str(e).splitlines()[0][:80]})", "a whole checkpoint", "fetch it again") from e
+        try: ENCODERS[key] = _encode_with(AutoTokenizer.from_pretrained(folder, **local),
+                                          AutoModel.from_pretrained(folder, use_safetensors=True, **local).eval(), pooling)
+        except (OSError, ValueError, KeyError) as e: raise InputError(f"{folder} cannot be loaded ({str(e).splitlines()[0][:80]})",
+                                                                      "a whole checkpoint", "fetch it again") from e
     return key
 
+# %% ../../nbs/data/07a_drug_features.ipynb #43de1617
 def _encode_with(tokenizer, model, pooling: str) -> "Callable":
     "A function from SMILES to vectors."
     import torch
@@ -412,9 +468,10 @@ def _from_weights(table: pd.DataFrame, weights, pooling: str) -> DrugFeatures:
     key = use_weights(weights, pooling)
     known = table["smiles"].notna().to_numpy()
     x = _placed(table, ENCODERS[key](table["smiles"].dropna().tolist()))
-    return _features("chemberta", table, x, known, table["why"], columns=[], options={"weights": key}, notes=("vectors of local weights: what they were trained on is not known here",))
+    return _features("chemberta", table, x, known, table["why"], columns=[], options={"weights": key},
+                     notes=("vectors of local weights: what they were trained on is not known here",))
 
-# %% ../../nbs/data/07a_drug_features.ipynb #38098c85
+# %% ../../nbs/data/07a_drug_features.ipynb #c248ca98
 def targets(
     drugs: pd.DataFrame,  # drug (or pert) and targets: symbols joined by comma or +, gaps allowed
     genes: pd.DataFrame,  # gene_symbol and ensembl_id (a gene table), or symbol indexed by gene id (var of a signature table)
@@ -430,11 +487,12 @@ def targets(
     t = drugs[[name, "targets"]].set_axis(["drug", "target"], axis=1).dropna()
     t = t.assign(drug=t.drug.str.strip(), target=t.target.str.split(r"[,+]", regex=True)).explode("target")
     t = t.assign(target=t.target.str.strip()).query("target != ''").drop_duplicates().sort_values(["drug", "target"], ignore_index=True)
-    if (twice := at.index.duplicated() & at.index.isin(t.target)).any(): raise InputError(f"target {at.index[twice][0]!r} is the symbol of several genes", "one gene for each symbol", "keep one of them")
+    if (twice := at.index.duplicated() & at.index.isin(t.target)).any():
+        raise InputError(f"target {at.index[twice][0]!r} is the symbol of several genes", "one gene for each symbol", "keep one of them")
     t = t.assign(gene_id=t.target.map(at[~at.index.duplicated()]).astype(object))
     return t.dropna(ignore_index=True) if measured else t.assign(gene_id=t.gene_id.where(t.gene_id.notna(), None))
 
-# %% ../../nbs/data/07a_drug_features.ipynb #bfb10550
+# %% ../../nbs/data/07a_drug_features.ipynb #d4d0ca3d
 def collisions(
     f: DrugFeatures,
 ) -> pd.DataFrame:  # drug, other: known drugs of different structure groups with equal features; sorted
@@ -443,4 +501,5 @@ def collisions(
     code = np.unique(f.x[at], axis=0, return_inverse=True)[1].ravel() if len(at) else at
     same = pd.DataFrame({"i": at, "code": code}).merge(pd.DataFrame({"j": at, "code": code}), on="code")
     same = same[(same.i < same.j) & (np.array(f.group)[same.i] != np.array(f.group)[same.j])]
-    return pd.DataFrame({"drug": [f.names[i] for i in same.i], "other": [f.names[j] for j in same.j]}).sort_values(["drug", "other"], ignore_index=True)
+    return pd.DataFrame({"drug": [f.names[i] for i in same.i], "other": [f.names[j] for j in same.j]}).sort_values(["drug", "other"],
+        ignore_index=True)
