@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import InputError, nearest, rng
+from ..core import InputError, nearest, rng, table_hash
 from ..data.cell_features import CellFeatures, cell_features
 from ..data.drug_features import DrugFeatures, drug_features, targets
 from .base import Model, _unfitted, flag, positive, profiles, whole
@@ -125,6 +125,7 @@ class ResponseNet(nn.Module):
         self.line = nn.Linear(w, w, bias=False)
         self.bend = nn.Sequential(nn.Linear(w, w), nn.GELU(), nn.Linear(w, w))
         self.tower = _published_head(w, sizes["drug"], o["dropout"]) if self.published else DrugTower(sizes["drug"], w, o["dropout"])
+        self.newcomer = DrugTower(sizes["drug"], w, o["dropout"]) if o["losses"]["new"] else None
         self.log_tau = nn.Parameter(torch.tensor(math.log(0.10)))
         self.beta = nn.Parameter(torch.tensor(2.0)) if o["pooled"] else None
         self.register_buffer("target_at", torch.zeros(sizes["candidates"], dtype=torch.long))
@@ -133,6 +134,7 @@ class ResponseNet(nn.Module):
     def forward(self, x, cell=None, known=None): return self.encoder(x, cell, known)  # response vectors, (B, width)
     def response(self, h): return self.tower(h) if self.published else h  # what is compared with a drug
     def drug(self, x): return x if self.published else self.tower(x)  # what is compared with a response
+    def new_drug(self, x): return self.drug(x) if self.newcomer is None else self.newcomer(x)  # the same, by the tower for new drugs
     def embeddings(self): return F.normalize(self.encoder.tokens.gene(self.target_at), dim=1)  # of the candidates, (C, width)
 
     def query(self, h: Tensor) -> Tensor: return F.normalize(self.line(h) + self.bend(h), dim=1)
@@ -194,12 +196,6 @@ class ResponseTask(Task):
 
     def batches(self, rng): return distinct_batches(self.data["group"], self.size, rng)
 
-    def drug_rows(self, drug: np.ndarray) -> Tensor:
-        "Similarities of drugs with the anchors; while training, those with its own structure are hidden now and then."
-        x = self.drugs["x"][drug]
-        if not (self.module.training and self.o["hide_own"]): return x
-        return torch.where(torch.rand(len(x), 1) < self.o["hide_own"], without_own(x), x)
-
     def loss(self, rows, epoch):
         d, at = self.data, torch.as_tensor(rows)
         x = d["x"][at].to(self.device)
@@ -209,7 +205,7 @@ class ResponseTask(Task):
     def validate(self):
         if self.val is None: return {}
         rows = np.arange(len(self.val["x"]))
-        terms = {k: f() for k, f in self.terms(self.val["x"].to(self.device), self.val, rows).items() if k in ("match", "nce", "clip")}
+        terms = {k: f() for k, f in self.terms(self.val["x"].to(self.device), self.val, rows).items() if k in ("match", "nce", "clip", "new")}
         return {"val_loss": float(sum(self.o["losses"][k] * v for k, v in terms.items())), **{f"val_{k}": float(v) for k, v in terms.items()}}
 
 # %% ../../nbs/models/09_f_p.ipynb #cc05cb4e
@@ -221,14 +217,15 @@ def _terms(self, x: Tensor, d: dict, rows: np.ndarray) -> dict:
     has, s = right.any(1), net.genes(q, x)
     drug, mean = d["drug"][rows], F.normalize(right.float() @ net.embeddings(), dim=1)
     ok = self.drugs["known"][drug]
-    r, v = net.response(h)[ok.to(dev)], net.drug(self.drug_rows(drug[ok.numpy()]).to(dev))
-    same = self.drugs["group"][drug][ok.numpy()]
+    sim = self.drugs["x"][drug][ok].to(dev)
+    r, v, mask = net.response(h)[ok.to(dev)], net.drug(sim), None if self.o["as_published"] else self.drugs["group"][drug][ok.numpy()]
     nce, tau = (nce_as_published if self.o["as_published"] else multi_positive_info_nce), self.o["target_tau"]
-    several = len(set(same)) > 1
+    several = len(set(self.drugs["group"][drug][ok.numpy()])) > 1
+    nce_of = lambda a, b, tau: info_nce(a, b, capped(tau), mask) if several else zero
     targeted = lambda f: (lambda: f() if bool(has.any()) else zero)
     return {"match": targeted(lambda: cosine_loss(q[has], mean[has])), "nce": targeted(lambda: nce(s[has], right[has], tau)),
             "bce": targeted(lambda: F.binary_cross_entropy_with_logits(s[has] / tau, right[has].float())),
-            "clip": lambda: info_nce(r, v, capped(net.log_tau), None if self.o["as_published"] else same) if several else zero,
+            "clip": lambda: nce_of(r, v, net.log_tau), "new": lambda: sum(nce_of(r.detach(), net.new_drug(z), net.log_tau.detach()) for z in (sim, without_own(sim))) / 2,
             "align": lambda: cosine_loss(r, v) if len(r) else zero}
 
 ResponseTask.terms = _terms
@@ -276,10 +273,10 @@ def target_matrix(
     return out
 
 # %% ../../nbs/models/09_f_p.ipynb #0fca3eb7
-OURS = dict(n_genes=1000, n_tokens=64, width=64, layers=1, heads=4, dropout=0.1, pooled=True, noise=1.0, hide_own=0.5, lr=2e-3, weight_decay=0.05, epochs=20,
-            losses=dict(match=1.0, nce=1.0, bce=0.0, clip=1.0, align=0.0))
-PUBLISHED = dict(n_genes=4000, n_tokens=256, width=256, layers=4, heads=8, dropout=0.1, pooled=False, noise=0.0, hide_own=0.0, lr=1e-4, weight_decay=0.01, epochs=20,
-                 losses=dict(match=1.0, nce=1.0, bce=0.05, clip=0.05, align=0.5))
+OURS = dict(n_genes=1000, n_tokens=64, width=64, layers=1, heads=4, dropout=0.1, pooled=True, noise=1.0, lr=2e-3, weight_decay=0.05, epochs=20,
+            losses=dict(match=1.0, nce=1.0, bce=0.0, clip=1.0, new=1.0, align=0.0))
+PUBLISHED = dict(n_genes=4000, n_tokens=256, width=256, layers=4, heads=8, dropout=0.1, pooled=False, noise=0.0, lr=1e-4, weight_decay=0.01, epochs=20,
+                 losses=dict(match=1.0, nce=1.0, bce=0.05, clip=0.05, new=0.0, align=0.5))
 SCORES = ("auto", "structure", "prototype", "both")
 CELLS = ("none", "organ", "learned", "pca")
 
@@ -301,7 +298,7 @@ class ResponseModel(Model):
         batch: "int | None" = None,  # distinct drugs in a batch; all, at most 128, if not given
         as_published: bool = False,  # sizes, weights and losses of the source
         seed: int = 0,  # of weights, batches, noise and dropout
-        **sizes,  # n_genes, n_tokens, width, layers, heads, dropout, pooled, noise, hide_own, lr, weight_decay, epochs, losses: see OURS
+        **sizes,  # n_genes, n_tokens, width, layers, heads, dropout, pooled, noise, lr, weight_decay, epochs, losses: see OURS
     ):
         own = dict(drug_kind=drug_kind, drug_options=dict(drug_options or {}), cell=cell, scores=scores, target_tau=target_tau, clip_value=clip_value,
                    batch=batch, as_published=as_published, seed=seed)
@@ -384,8 +381,8 @@ def _set_drugs(self, table: pd.DataFrame, seen: set) -> np.ndarray:
     o = self.options
     f = drug_features(table, o["drug_kind"], **o["drug_options"])
     mine = np.array([n in seen for n in f.names])
-    if (o["losses"]["clip"] or o["losses"]["align"]) and not (f.known & mine).any():
-        raise InputError(f"none of {len(seen)} training drugs has {o['drug_kind']} features", "a readable structure in smiles", "join it by drug name, or train without: losses=dict(clip=0, align=0)")
+    if any(o["losses"][k] for k in ("clip", "new", "align")) and not (f.known & mine).any():
+        raise InputError(f"none of {len(seen)} training drugs has {o['drug_kind']} features", "a readable structure in smiles", "join it by drug name, or train without: losses=dict(clip=0, new=0, align=0)")
     arrays, names, self.names["drug_state"] = f.state()
     self.arrays.update(arrays, anchors=f.x[f.known & mine], seen=mine.astype(np.uint8))
     self.names.update(names, classes=list(f.names))
@@ -393,10 +390,9 @@ def _set_drugs(self, table: pd.DataFrame, seen: set) -> np.ndarray:
 
 def _features(self) -> DrugFeatures: return DrugFeatures.from_state(self.arrays, self.names, self.names["drug_state"])
 
-def _drug_x(self, x: np.ndarray, hidden: bool = False) -> Tensor:
-    "Similarities with the anchors; hidden: as if no drug had been measured."
-    out = torch.from_numpy(similarities(x, self.arrays["anchors"], self.options["drug_kind"] == "morgan"))
-    return without_own(out) if hidden and self.options["hide_own"] else out
+def _drug_x(self, x: np.ndarray) -> Tensor:
+    "Similarities with the anchors."
+    return torch.from_numpy(similarities(x, self.arrays["anchors"], self.options["drug_kind"] == "morgan"))
 
 # %% ../../nbs/models/09_f_p.ipynb #cf61ec7e
 def _sizes(self) -> dict:
@@ -408,16 +404,20 @@ def _new_net(self, x: np.ndarray, se: "np.ndarray | None") -> ResponseNet:
         torch.manual_seed(int(rng(self.options["seed"], "models.f_p.weights").integers(2**63 - 1)))
         net = ResponseNet(_sizes(self), self.options)
     net.target_at.copy_(torch.from_numpy(self.arrays["target_at"]))
-    if not self.options["pooled"]: return net
+    _start_pool(net.encoder, x, se, self.options)
+    return net
+
+def _start_pool(encoder: ResponseEncoder, x: np.ndarray, se: "np.ndarray | None", o: dict) -> None:
+    "Start the pooled path, if there is one, at the principal directions of the training profiles."
+    if not o["pooled"]: return
     w = signal_share(x, se)
     z = x * w
     z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-9)
-    v = np.linalg.svd(z, full_matrices=False)[2][:self.options["width"]]
+    v = np.linalg.svd(z, full_matrices=False)[2][:o["width"]]
     v = v * np.sign(v[np.arange(len(v)), np.abs(v).argmax(1)])[:, None]
     with torch.no_grad():
-        net.encoder.weight.copy_(torch.from_numpy(w))
-        net.encoder.project.weight[:len(v)] = torch.from_numpy(v).float()
-    return net
+        encoder.weight.copy_(torch.from_numpy(w))
+        encoder.project.weight[:len(v)] = torch.from_numpy(v).float()
 
 # %% ../../nbs/models/09_f_p.ipynb #6ca7790b
 def _rows_of(self, x: np.ndarray, obs: pd.DataFrame, se: "np.ndarray | None", group: np.ndarray) -> dict:
@@ -440,7 +440,7 @@ def _fit_response(self, train, val):
     se = None if se is None else se[rows]
     table = _candidate_table(obs, self._drugs)
     genes = _candidate_genes(table, train.var) if table.targets.notna().any() else pd.DataFrame({"target": [], "gene_id": []})
-    self.names.update(targets=genes.target.tolist(), target_texts=table.targets.tolist())
+    self.names.update(targets=genes.target.tolist(), target_texts=table.targets.tolist(), rows=rows_hash(train.obs_names))
     group = _set_drugs(self, table, set(obs.pert.astype(str).str.strip()))
     _set_cells(self, obs)
     at = train.var_names.get_indexer(genes.gene_id).astype(np.int64)
@@ -459,6 +459,10 @@ def _fit_response(self, train, val):
     self.arrays["prototypes"] = _prototypes(self, data)
 
 # %% ../../nbs/models/09_f_p.ipynb #b6f10d8b
+def rows_hash(names: "Sequence[str]") -> str:  # names of rows in any order -> hash
+    "What a model remembers of the rows it learned from."
+    return table_hash(pd.DataFrame({"row": sorted(map(str, names))}))
+
 def _refuse_training(data: dict, o: dict) -> None:
     "Raise where there is nothing to learn."
     n = len(np.unique(data["group"]))
@@ -517,7 +521,11 @@ def _panel(self, x: np.ndarray) -> Tensor:
 def _score_drugs(self, h: Tensor, x: np.ndarray, known: np.ndarray, prototypes: np.ndarray, by: str) -> np.ndarray:
     "Scores of drugs with these features and prototypes; -1 where a drug has neither."
     net, seen = _network(self), prototypes.any(1)
-    s = F.normalize(net.response(h), dim=1) @ F.normalize(net.drug(_drug_x(self, x, by == "structure")), dim=1).T if len(self.arrays["anchors"]) else torch.zeros(len(h), len(x))
+    s = torch.zeros(len(h), len(x))
+    if len(self.arrays["anchors"]):
+        sim = _drug_x(self, x)
+        v = net.new_drug(without_own(sim)) if by == "structure" and net.newcomer is not None else net.drug(sim)
+        s = F.normalize(net.response(h), dim=1) @ F.normalize(v, dim=1).T
     p = F.normalize(h, dim=1) @ torch.from_numpy(prototypes).T
     use = torch.from_numpy(np.stack([known & (by != "prototype"), seen & (by != "structure")])).float()[:, None]
     total = use.sum(0)
