@@ -215,6 +215,7 @@ def _terms(self, x: Tensor, d: dict, rows: np.ndarray) -> dict:
     h = net(x, d["cell"][at].to(dev), d["cell_known"][at].to(dev))
     q, right, zero = net.query(h), d["right"][at].to(dev), h.sum() * 0
     has, s = right.any(1), net.genes(q, x)
+    open_ = has & ~right.all(1)  # a row whose targets are all candidates has nothing to be told from
     drug, mean = d["drug"][rows], F.normalize(right.float() @ net.embeddings(), dim=1)
     ok = self.drugs["known"][drug]
     sim = self.drugs["x"][drug][ok].to(dev)
@@ -223,7 +224,7 @@ def _terms(self, x: Tensor, d: dict, rows: np.ndarray) -> dict:
     several = len(set(self.drugs["group"][drug][ok.numpy()])) > 1
     nce_of = lambda a, b, tau: info_nce(a, b, capped(tau), mask) if several else zero
     targeted = lambda f: (lambda: f() if bool(has.any()) else zero)
-    return {"match": targeted(lambda: cosine_loss(q[has], mean[has])), "nce": targeted(lambda: nce(s[has], right[has], tau)),
+    return {"match": targeted(lambda: cosine_loss(q[has], mean[has])), "nce": lambda: nce(s[open_], right[open_], tau) if bool(open_.any()) else zero,
             "bce": targeted(lambda: F.binary_cross_entropy_with_logits(s[has] / tau, right[has].float())),
             "clip": lambda: nce_of(r, v, net.log_tau), "new": lambda: sum(nce_of(r.detach(), net.new_drug(z), net.log_tau.detach()) for z in (sim, without_own(sim))) / 2,
             "align": lambda: cosine_loss(r, v) if len(r) else zero}
@@ -467,7 +468,9 @@ def _refuse_training(data: dict, o: dict) -> None:
     "Raise where there is nothing to learn."
     n = len(np.unique(data["group"]))
     if n < 2: raise InputError(f"{n} distinct structure in training", "at least 2 drugs to tell apart", "look at the training rows")
-    if any(o["losses"][k] for k in ("match", "nce", "bce")) and not data["right"].any():
+    asked = any(o["losses"][k] for k in ("match", "nce", "bce"))
+    if asked and data["right"].any() and data["right"].shape[1] < 2: raise InputError("1 candidate target gene", "at least 2 to tell apart", "offer more drugs with targets in drugs=")
+    if asked and not data["right"].any():
         raise InputError("no training drug has a measured target", "symbols in obs.targets (joined by +) that are in var.symbol", "join them from the drug table, or train without: losses=dict(match=0, nce=0, bce=0)")
     if o["batch"] and o["batch"] > n: raise InputError(f"batches of {o['batch']} with {n} distinct drugs", f"at most {n}, one row of each", "choose a smaller batch, or leave it out")
 
