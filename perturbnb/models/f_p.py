@@ -21,8 +21,8 @@ from ..core import InputError, nearest, rng, table_hash
 from ..data.cell_features import CellFeatures, cell_features
 from ..data.drug_features import DrugFeatures, drug_features, targets
 from .base import Model, _unfitted, flag, positive, profiles, whole
-from ..train.fit import Task, fit
-from ..train.losses import Mix, cosine_loss, info_nce, multi_positive_info_nce
+from .fit import Task, fit
+from .losses import Mix, cosine_loss, info_nce, multi_positive_info_nce
 
 # %% ../../nbs/models/09_f_p.ipynb #adf4e400
 def gene_tokens(

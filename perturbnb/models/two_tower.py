@@ -19,8 +19,8 @@ from ..core import InputError, nearest, rng
 from .base import Model, _unfitted, positive, profiles, whole
 from .f_p import (CELLS, ResponseEncoder, ResponseModel, _candidate_table, _cells, _checked_candidates, _d_cell, _drug_x, _features,
                                   _set_cells, _set_drugs, _start_pool, capped, distinct_batches, mean_errors, panel_genes, rows_hash, without_own)
-from ..train.fit import Task, fit
-from ..train.losses import Mix, info_nce
+from .fit import Task, fit
+from .losses import Mix, info_nce
 
 # %% ../../nbs/models/09b_two_tower.ipynb #a176dce8
 class ConditionTower(nn.Module):
