@@ -33,7 +33,7 @@ BY = ["pert", "cell_line", "dose_um", "batch"]
 BASELINES = {"additive": ("additive", {}, False), "additive with dose": ("additive", dict(factors=["pert", "cell_line", "dose_um"]), False), "drug_mean": ("drug_mean", {}, False),
              "ridge_morgan": ("ridge_morgan", {}, False), "nearest_compound": ("nearest_compound", {}, False), "zeros_drug": ("zeros_drug", {}, False),
              "additive, told the plate": ("additive", {}, True), "ridge_morgan, told the plate": ("ridge_morgan", {}, True)}
-ABLATIONS = {"no link": dict(link=False), "no control error": dict(control_error=False), "no gain of the line": dict(gain=False), "no dose curve": dict(dose="none"), "random programmes": dict(svd=False),
+ABLATIONS = {"no link": dict(link=False), "no control error": dict(control_error=False), "no gain of the line": dict(gain=False), "no dose curve": dict(dose="none"), "no first guess": dict(start=False), "no first guess, 40 epochs": dict(start=False, epochs=40), "random programmes": dict(svd=False),
              "rows count alike": dict(weight_cells=0), "no drug dropout": dict(drug_dropout=0.0), "learned drug vector alone": dict(drug="zeros"), "learned line": dict(cell="learned"), "no features of the line": dict(cell="zeros"),
              "control genes not read": dict(sequence=False), "no transformer layer": dict(layers=0), "order: ratio": dict(order="ratio"), "order: difference": dict(order="difference"),
              "with rank loss (0.1)": dict(lambda_rank=0.1), "with alignment (0.05)": dict(lambda_align=0.05), "with cosine (0.3)": dict(lambda_cosine=0.3)}

@@ -6,6 +6,8 @@
 __all__ = ['SIZES', 'SETTINGS', 'settings_of', 'linked', 'ForwardModel', 'fit_seeds', 'ensemble']
 
 # %% ../../nbs/models/08a_f_r.ipynb #71f62042
+from functools import lru_cache
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -20,13 +22,14 @@ from .sequence import ORDERS, ControlStates, control_sequences, control_states, 
 
 # %% ../../nbs/models/08a_f_r.ipynb #5aad6dae
 SIZES = {  # what a size stands for
-    "demo": dict(rank=48, width=32, heads=4, layers=1, tokens=32, hidden=64, batch=128, epochs=40, lr=1e-2),
-    "base": dict(rank=64, width=64, heads=4, layers=2, tokens=96, hidden=128, batch=128, epochs=40, lr=5e-3),
-    "large": dict(rank=256, width=256, heads=8, layers=4, tokens=1024, hidden=512, batch=512, epochs=30, lr=1e-3)}
+    "demo": dict(rank=48, width=32, heads=4, layers=1, tokens=32, hidden=64, batch=128, epochs=12, lr=1e-2),
+    "base": dict(rank=64, width=64, heads=4, layers=2, tokens=96, hidden=128, batch=128, epochs=20, lr=5e-3),
+    "large": dict(rank=256, width=256, heads=8, layers=4, tokens=1024, hidden=512, batch=512, epochs=10, lr=1e-3)}
 
 SETTINGS = dict(  # common to all sizes
     order="expression", drug="morgan", cell="pca",  # rule of the gene order; kinds of data.drug_features and data.cell_features
-    link=True, dose="hill", gain=True, control_error=True, svd=True, sequence=True,  # parts that can be switched off; dose: hill or none
+    link=True, dose="hill", gain=True, control_error=True, svd=True, start=True, sequence=True,  # parts that can be switched off; dose: hill or none
+    start_ridge=1.0,  # how much the first guess of a drug's vector is shrunk
     dropout=0.1, drug_dropout=0.3,  # of the network; share of drugs whose own vector is hidden in a step
     loss="mse", huber=0.5, weight_cells=50,  # mse or huber, its bend; cells after which a mean does not get better (0: rows count alike)
     rank_loss="listnet", signed=True, tau=0.1,  # list loss over genes; up and down lists apart; its temperature, log1p CP10k
@@ -56,7 +59,7 @@ def _checked(s: dict) -> dict:
     s["layers"], s["seed"] = whole("layers", s["layers"], 2, 0), whole("seed", s["seed"], 0, 0)
     if s["patience"] is not None: s["patience"] = whole("patience", s["patience"], "None")
     if s["width"] % s["heads"]: raise InputError(f"width {s['width']} and {s['heads']} heads", "a width that the heads divide", "choose 4 heads")
-    for k in ("lambda_mse", "lambda_cosine", "lambda_rank", "lambda_align", "dropout", "drug_dropout", "weight_decay", "weight_cells"):
+    for k in ("lambda_mse", "lambda_cosine", "lambda_rank", "lambda_align", "dropout", "drug_dropout", "weight_decay", "weight_cells", "start_ridge"):
         if isinstance(s[k], bool) or not isinstance(s[k], (int, float)) or not 0 <= s[k] < np.inf: raise InputError(f"{k}={s[k]!r}", "a number of 0 or more", f"{SETTINGS[k]} is the default")
     if not max(s[k] for k in s if k.startswith("lambda_")): raise InputError("all losses with weight 0", "one above 0", "lambda_mse=1 is the default")
     s["warmup"] = list(s["warmup"]) if np.ndim(s["warmup"]) == 1 and len(s["warmup"]) == 2 else [0, -1]
@@ -197,17 +200,19 @@ def _own_vectors(f: DrugFeatures, trained: "Sequence[str]") -> dict:
     number = {g: i for i, g in enumerate(groups)}
     return {"name": {plain(f.names[i]): number[str(f.group[i])] for i in rows}, "key": {f.key[i]: number[str(f.group[i])] for i in rows if f.key[i]}, "groups": groups}
 
-def _key(smiles) -> "str | None":
+@lru_cache(maxsize=20_000)
+def _key(smiles: str) -> "str | None":
     try: return structure_key(smiles)
     except InputError: return None  # a structure that cannot be read is no structure; the features say so
 
 def _drug_columns(self, obs: pd.DataFrame) -> dict:
-    "Features, whether they are known, number of the own vector (-1: none) of each row."
-    own, names, smiles = self.names["own"], obs.pert.astype(str).tolist(), obs.smiles.tolist() if "smiles" in obs else [None] * len(obs)
-    x, known = self._drugs.rows(names, smiles)
-    keys = {s: _key(s) for s in {s for s in smiles if isinstance(s, str)}}
-    at = [own["name"].get(plain(n), own["key"].get(keys.get(s) if isinstance(s, str) else None, -1)) for n, s in zip(names, smiles)]
-    return {"features": _scaled(self, x, known), "known": known, "drug": np.array(at, np.int64)}
+    "Features of the different drugs; of each row the place among them (who), whether they are known, and the number of the own vector (-1: none)."
+    own = self.names["own"]
+    smiles = [s if isinstance(s, str) else None for s in obs.smiles] if "smiles" in obs else [None] * len(obs)
+    who, unique = pd.factorize(pd.Series(list(zip(obs.pert.astype(str), smiles)), dtype=object))
+    x, known = self._drugs.rows([n for n, _ in unique], [s for _, s in unique])
+    at = np.array([own["name"].get(plain(n), own["key"].get(_key(s) if s else None, -1)) for n, s in unique], np.int64)
+    return {"features": _scaled(self, x, known), "who": who, "known": known[who], "drug": at[who]}
 
 def _scaled(self, x: np.ndarray, known: np.ndarray) -> np.ndarray:
     "Features around the mean of the training drugs, of size about 1; 0 where unknown."
@@ -237,7 +242,8 @@ def _columns_of(self, obs: pd.DataFrame) -> "tuple[dict, np.ndarray]":
 def _batch(self, cols: dict, rows: np.ndarray, hidden=None, device=None) -> dict:
     "The input of the network for some rows."
     import torch
-    b = {k: torch.as_tensor(cols[k][rows], device=device) for k in ("features", "known", "drug", "cell", "dose", "state", "used")}
+    b = {k: torch.as_tensor(cols[k][rows], device=device) for k in ("known", "drug", "cell", "dose", "state", "used")}
+    b["features"] = torch.as_tensor(cols["features"][cols["who"][rows]], device=device)
     b["shown"] = (b["drug"] >= 0).float() if hidden is None else ((b["drug"] >= 0) & ~hidden[b["drug"]]).float()
     b["drug"] = b["drug"].clamp(min=0)
     states, b["ctx"] = torch.unique(b["state"], return_inverse=True)
@@ -275,7 +281,7 @@ def _task(model, module, cols: dict, y: np.ndarray, weight: np.ndarray, val: "tu
     s = model.options
     ramp = lambda k: losses.Ramp(s[k], s["warmup"][0] * s["epochs"], s["warmup"][1] * s["epochs"]) if s[k] else 0.0
     mix = losses.Mix(mse=s["lambda_mse"], cosine=s["lambda_cosine"], rank=ramp("lambda_rank"), align=ramp("lambda_align"))
-    every = max(1, s["epochs"] // 15)
+    every = max(1, s["epochs"] // 6)
 
     class Fit(Task):
         def __init__(self):
@@ -306,7 +312,8 @@ def _task(model, module, cols: dict, y: np.ndarray, weight: np.ndarray, val: "tu
                 b = _batch(model, cols, rows, None, self.device)
                 r = y[rows] - (module(b)[1] - module.offset[b["state"]]).double().cpu().numpy()
                 w = 1 / (1 / model._cells[rows] + 1 / 50)
-                np.add.at(left, cols["state"][rows], r * w[:, None]); np.add.at(total, cols["state"][rows], w)
+                member = cols["state"][rows] == np.arange(len(left))[:, None]
+                left += (member * w) @ r; total += member @ w
             module.offset.copy_(torch.as_tensor(left / (total + model._states.n_cells)[:, None]))
             module.refreshed[0] = epoch
             module.train(was)
@@ -329,11 +336,43 @@ def _mean_pearson(real: np.ndarray, pred: np.ndarray) -> float:
 
 def _first_programmes(y: np.ndarray, level: np.ndarray, weight: np.ndarray, k: int, link: bool, stream) -> np.ndarray:
     "The main directions of the effects, turned into log fold changes; random ones beyond the rank of the table. Genes by k."
-    _, _, v = np.linalg.svd(y * np.sqrt(weight)[:, None], full_matrices=False)
-    v = v[:k] * np.sign(v[np.arange(len(v[:k])), np.abs(v[:k]).argmax(1)])[:, None]
+    x = y * np.sqrt(weight)[:, None]
+    value, u = np.linalg.eigh(x @ x.T if len(x) <= x.shape[1] else x.T @ x)  # the smaller square: much faster than a whole SVD
+    first = [i for i in np.argsort(-value, kind="stable")[:k] if value[i] > 1e-9 * value[-1]]
+    v = (u[:, first].T @ x if len(x) <= x.shape[1] else u[:, first].T)
+    v = v * np.sign(v[np.arange(len(v)), np.abs(v).argmax(1)])[:, None]
     if link: v = v / np.maximum(1 - np.exp(-level), 0.05).mean(0)
     v = np.vstack([v, stream.standard_normal((k - len(v), y.shape[1]))]).T
     return 0.3 * np.sqrt(len(v)) * v / np.maximum(np.linalg.norm(v, axis=0), 1e-9)
+
+# %% ../../nbs/models/08a_f_r.ipynb #46fb5d61
+def _ridge_start(x: np.ndarray, z: np.ndarray, alphas=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1e6)) -> np.ndarray:
+    "Weights (features by programmes) of the ridge regression of centred z on x, the penalty with the smallest leave-one-out error."
+    k, best = x @ x.T, (np.inf, None)
+    for a in alphas:
+        inv = np.linalg.inv(k + a * np.eye(len(k)))
+        error = ((inv @ z / np.diag(inv)[:, None]) ** 2).sum()
+        if error < best[0] * (1 - 1e-9): best = error, x.T @ inv @ z
+    return best[1]
+
+def _start(net, cols: dict, y: np.ndarray, level: np.ndarray, weight: np.ndarray, s: dict) -> None:
+    "Give the network the least-squares vectors of the drugs, split into what the structure explains and the rest."
+    import torch
+    e = net.programmes.weight.detach().double().numpy()
+    slope = np.maximum(1 - np.exp(-level), 0) if s["link"] else np.ones_like(level)
+    gate = 1 / (1 + np.exp(-1.2 * np.log(10) * (cols["dose"].astype(float) + 0.5))) if s["dose"] == "hill" else np.full(len(y), 0.7)
+    drugs = sorted(set(cols["drug"]) - {-1})
+    if not drugs: return
+    squares = {j: (e * slope[np.argmax(cols["state"] == j)][:, None] ** 2).T @ e for j in set(cols["state"])}
+    right = (slope * y) @ e
+    whole = {d: sum(weight[i] * gate[i] ** 2 * squares[cols["state"][i]] for i in np.flatnonzero(cols["drug"] == d)) for d in drugs}
+    ridge = max(s["start_ridge"], 1e-6) * np.mean([np.trace(a) for a in whole.values()]) / e.shape[1]
+    z = np.array([np.linalg.solve(a + ridge * np.eye(len(a)), ((weight * gate)[cols["drug"] == d]) @ right[cols["drug"] == d]) for d, a in whole.items()])
+    x = cols["features"][[cols["who"][np.argmax(cols["drug"] == d)] for d in drugs]].astype(float)
+    middle = z.mean(0)
+    w = _ridge_start(x, z - middle)
+    net.structure.weight.data, net.structure.bias.data = torch.as_tensor(w.T, dtype=torch.float32).contiguous(), torch.as_tensor(middle, dtype=torch.float32)
+    net.own.weight.data[drugs] += torch.as_tensor(z - middle - x @ w, dtype=torch.float32)
 
 # %% ../../nbs/models/08a_f_r.ipynb #3ad0b6da
 def _prepare(self, train) -> None:
@@ -386,15 +425,16 @@ def _fit_forward(self, train, val, **how):
         net = _network(train.n_vars, len(self.names["own"]["groups"]), self._drugs.d, self._lines.d, len(states.rows), s)
     if s["svd"]:
         y = train.X + (states.measured[cols["used"]] - states.level[cols["state"]] if s["control_error"] else 0)
-        net.programmes.weight.data = torch.as_tensor(_first_programmes(y, states.level[cols["state"]], weight, s["rank"], s["link"], stream), dtype=torch.float32)
+        net.programmes.weight.data = torch.as_tensor(_first_programmes(y, states.level[cols["state"]], weight, s["rank"], s["link"], stream), dtype=torch.float32).contiguous()
+        if s["start"]: _start(net, cols, y, states.level[cols["state"]], weight, s)
     held = None if val is None else (_columns_of(self, val.obs)[0], np.asarray(val.X))
     task = _task(self, net, cols, train.X, weight, held)
     how = {"progress": False, **how}
     self.history = fit(task, epochs=s["epochs"], lr=s["lr"], weight_decay=s["weight_decay"], patience=s["patience"], warmup=0.1, seed=s["seed"], **how)
     if s["control_error"]: task.refresh(s["epochs"])
-    self._tensors, self._net = None, net.cpu().eval()
     _keep(self)
-    self.arrays.update({"net." + k: v.detach().cpu().numpy().copy() for k, v in net.state_dict().items()})
+    self.arrays.update({"net." + k: v.detach().cpu().contiguous().numpy().copy() for k, v in net.state_dict().items()})
+    self._tensors, self._net = None, None  # rebuilt from the arrays, as in a loaded model
 
 ForwardModel._fit = _fit_forward
 
@@ -462,7 +502,7 @@ def drug_vectors(
     names = {plain(n): n for n in self._drugs.names}
     if drugs is None: drugs = pd.DataFrame({"pert": [names[n] for n in sorted(self.names["own"]["name"])], "smiles": None})
     c = _drug_columns(self, drugs)
-    b = {"features": torch.as_tensor(c["features"]), "known": torch.as_tensor(c["known"]), "shown": torch.as_tensor(c["drug"] >= 0).float(), "drug": torch.as_tensor(c["drug"]).clamp(min=0)}
+    b = {"features": torch.as_tensor(c["features"][c["who"]]), "known": torch.as_tensor(c["known"]), "shown": torch.as_tensor(c["drug"] >= 0).float(), "drug": torch.as_tensor(c["drug"]).clamp(min=0)}
     with torch.no_grad(): z = self._net.drugs(b).numpy()
     return pd.DataFrame(z, pd.Index(drugs.pert.astype(str), name="pert"), [f"programme {i + 1}" for i in range(z.shape[1])])
 
