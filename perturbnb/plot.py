@@ -6,7 +6,7 @@
 __all__ = ['WIDTH', 'SMALL', 'NORMAL', 'CONTROL_GREY', 'OBSERVED', 'ACCENT', 'PALETTE', 'STYLE', 'LAW_STYLE', 'KIND_COLOURS',
            'page', 'count', 'escape', 'label', 'classes', 'interval', 'plain', 'caption', 'show_figure', 'show_table',
            'rank_plot', 'lorenz_plot', 'tail_plot', 'cluster_order', 'heat_map', 'map_page', 'survivors_plot',
-           'error_plot', 'losses_plot', 'weights_plot', 'forest_plot']
+           'error_plot', 'losses_plot', 'weights_plot', 'forest_plot', 'training_curves']
 
 # %% ../nbs/plot.ipynb #a850e692
 import html, re
@@ -345,4 +345,21 @@ def forest_plot(
     ax.set_yticks(y, [label(n, 40) for n in table.name])
     ax.set(xlabel=what, ylim=(-len(table) + .4, .6))
     ax.tick_params(axis="y", length=0)
+    return ax
+
+# %% ../nbs/plot.ipynb #d30c30ac
+def training_curves(
+    table: pd.DataFrame,  # one row for each epoch: epoch, the columns to draw, and optionally best (True where it was the best so far)
+    ax: "matplotlib.axes.Axes",
+    columns: "Sequence[str]" = ("loss", "val_loss"),  # what to draw; those that are not there are left out
+) -> "matplotlib.axes.Axes":
+    "Losses by epoch, and which epoch was kept."
+    colours = dict(zip(columns, (OBSERVED, ACCENT, *PALETTE)))
+    for c in [c for c in columns if c in table]:
+        ax.plot(table.epoch, table[c], "o-", ms=3, lw=1.3, color=colours[c], label=label(c.replace("_", " ")))
+    if "best" in table and (kept := table.epoch[table.best == True]).size:  # noqa: E712  (missing is not True)
+        ax.axvline(kept.iloc[-1], color=CONTROL_GREY, lw=1, ls="--", label=f"kept: epoch {kept.iloc[-1]}")
+    ax.set(xlabel="epoch", ylabel="loss")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if ax.get_legend_handles_labels()[0]: ax.legend(framealpha=.9, edgecolor="none", fontsize=SMALL)
     return ax
