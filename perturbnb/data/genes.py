@@ -24,7 +24,8 @@ def _text(path: "str | Path") -> str:
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
         try: raw = gzip.decompress(raw)
-        except (OSError, EOFError) as e: raise InputError(f"{path} cannot be unpacked ({e})", "a whole gzip file", "fetch it again") from None
+        except (OSError, EOFError) as e:
+            raise InputError(f"{path} cannot be unpacked ({e})", "a whole gzip file", "fetch it again") from None
     if raw[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
         raise InputError(f"{path} is a spreadsheet or zip file", "plain text", "save the sheet as CSV or tab-separated text")
     if not raw.strip(): raise InputError(f"{path} is empty", "text", "make or fetch the file again")
@@ -96,8 +97,10 @@ class GeneNames:
         table: "pd.DataFrame | None" = None,  # from gene_table: other names and genes that were not measured
         ignore_case: bool = False,  # True: c1ORF112 finds C1orf112; leave it off for names of mice
     ):
-        if not isinstance(var, pd.DataFrame) or not len(var): raise InputError("measured genes that are no table with rows", "the var of a signature table", "pass adata.var")
-        if not var.index.is_unique: raise InputError(f"the gene {var.index[var.index.duplicated()][0]!r} twice in var", "each id once", "make the index unique")
+        if not isinstance(var, pd.DataFrame) or not len(var):
+            raise InputError("measured genes that are no table with rows", "the var of a signature table", "pass adata.var")
+        if not var.index.is_unique:
+            raise InputError(f"the gene {var.index[var.index.duplicated()][0]!r} twice in var", "each id once", "make the index unique")
         ids, symbols = var.index.astype(str), var["symbol"].astype(str) if "symbol" in var else pd.Series(var.index.astype(str))
         self.ids, self.by_symbol, self.by_case = {plain_id(i): i for i in ids}, {}, {}
         for i, s in zip(ids, symbols): self.by_symbol.setdefault(s.strip(), []).append(i)
@@ -178,7 +181,8 @@ def read_gmt(
         name, words, listed = _line_of_gmt(path, i, line)
         genes = tuple(dict.fromkeys(listed))
         if name in about:
-            if set(sets.get(name, ())) != set(genes): raise InputError(f"{path.name}, line {i}: a second set {name!r} with other genes", "each name once", "rename one of them")
+            if set(sets.get(name, ())) != set(genes):
+                raise InputError(f"{path.name}, line {i}: a second set {name!r} with other genes", "each name once", "rename one of them")
             notes.append(f"{name} stands there twice with the same genes")
             continue
         about[name] = words
@@ -214,7 +218,8 @@ def gene_sets(
     min_size: int = 10, max_size: int = 500,  # measured genes of a set that is kept
 ) -> GeneSets:  # the sets and the account
     "Gene sets restricted to the measured genes, with the overlap of every set."
-    if not 1 <= min_size <= max_size: raise InputError(f"sizes {min_size} to {max_size}", "1 or more, the smaller first", "10 to 500 is usual")
+    if not 1 <= min_size <= max_size:
+        raise InputError(f"sizes {min_size} to {max_size}", "1 or more, the smaller first", "10 to 500 is usual")
     gmt = None if isinstance(source, Mapping) else read_gmt(source)
     came = {k: tuple(dict.fromkeys(map(str, v))) for k, v in source.items()} if gmt is None else gmt.sets
     fates = map_genes(dict.fromkeys(g for s in came.values() for g in s), var, table)
@@ -235,7 +240,8 @@ def membership(
     sets, at = getattr(sets, "sets", sets), {g: i for i, g in enumerate(genes)}
     x = np.zeros((len(at), len(sets)))
     for j, members in enumerate(sets.values()):
-        if lost := [g for g in members if g not in at]: raise InputError(f"the gene {lost[0]!r} of a set", "one of the given genes", "make the sets with gene_sets on these genes")
+        if lost := [g for g in members if g not in at]:
+            raise InputError(f"the gene {lost[0]!r} of a set", "one of the given genes", "make the sets with gene_sets on these genes")
         x[[at[g] for g in members], j] = 1
     return pd.DataFrame(x, index=list(genes), columns=list(sets))
 
@@ -259,7 +265,9 @@ def _value_column(df: pd.DataFrame, value: "str | None", path: Path) -> str:
     for v in VALUES:
         if exact := [c for c, p in plain.items() if p == v]: return exact[0]
         family = [c for c, p in plain.items() if p.startswith(v + "_")] if len(v) > 1 else []
-        if len(family) > 1: raise InputError(f"{path.name} has {len(family)} columns of values: {', '.join(family)}", "one", f"name the one you mean, such as value={family[0]!r}")
+        if len(family) > 1:
+            raise InputError(f"{path.name} has {len(family)} columns of values: {', '.join(family)}", "one",
+                             f"name the one you mean, such as value={family[0]!r}")
         if family: return family[0]
     raise InputError(f"{path.name} has the columns {', '.join(map(str, df.columns[:8]))}", f"one for the values, such as {VALUES[0]}, lfc or score", "name it: value='…'")
 
@@ -280,11 +288,13 @@ def _signature_table(path: Path) -> pd.DataFrame:
     "A table of text with a header; a table of two columns may come without."
     lines = _text(path).splitlines()
     sep = max("\t,;", key=lines[0].count)
-    if not lines[0].count(sep): raise InputError(f"{path.name}, line 1: {lines[0][:60]!r}", "at least two columns, with commas or tabs", "a plain list of names is read as .grp")
+    if not lines[0].count(sep):
+        raise InputError(f"{path.name}, line 1: {lines[0][:60]!r}", "at least two columns, with commas or tabs",
+                         "a plain list of names is read as .grp")
     df = pd.read_csv(io.StringIO("\n".join(lines)), sep=sep, dtype=str, keep_default_na=False, index_col=False)
     numeric = pd.to_numeric(pd.Series(df.columns), errors="coerce").notna()
-    if df.shape[1] == 2 and numeric.iloc[1]: df = pd.read_csv(io.StringIO("\n".join(lines)), sep=sep, dtype=str, keep_default_na=False, header=None, names=["gene", "value"])
-    return df
+    if df.shape[1] != 2 or not numeric.iloc[1]: return df
+    return pd.read_csv(io.StringIO("\n".join(lines)), sep=sep, dtype=str, keep_default_na=False, header=None, names=["gene", "value"])
 
 # %% ../../nbs/data/06_genes.ipynb #f7560af1
 def _numbers(text: pd.Series, path: Path) -> np.ndarray:
@@ -338,8 +348,11 @@ def _join(fates: pd.DataFrame, book: GeneNames, kind: str, what: str) -> Signatu
     elif (n := t.gene[t.gene.duplicated(keep=False)].nunique()): notes.append(f"{n:,} gene(s) stand in several rows, which are averaged")
     values = t.groupby("gene")["value"].mean()
     values = values.reindex([i for i in book.ids.values() if i in values.index]).rename("value")
-    if not len(values): raise InputError(f"{what}: {fate_words(fates)}", "at least one measured gene with a value", "see which names the data uses (var.symbol and its index), or give a table of names")
-    if kind != "up/down lists" and values.eq(0).all(): raise InputError(f"{what}: every value is 0", "values that differ", "choose another column")
+    if not len(values):
+        raise InputError(f"{what}: {fate_words(fates)}", "at least one measured gene with a value",
+                         "see which names the data uses (var.symbol and its index), or give a table of names")
+    if kind != "up/down lists" and values.eq(0).all():
+        raise InputError(f"{what}: every value is 0", "values that differ", "choose another column")
     return Signature(values, fates, kind, len(book.ids), tuple(notes))
 
 # %% ../../nbs/data/06_genes.ipynb #eee47954
@@ -355,7 +368,8 @@ def read_signature(
     book = var if isinstance(var, GeneNames) else GeneNames(var, table, ignore_case)
     paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
     what, ends = " and ".join(p.name for p in paths), [p.name.lower().removesuffix(".gz").rsplit(".", 1)[-1] for p in paths]
-    if len(paths) not in (1, 2) or len(paths) == 2 and set(ends) & {"csv", "tsv"}: raise InputError(f"{what or 'no file'}", "one file, or two lists (up, down)", "pass one table")
+    if len(paths) not in (1, 2) or len(paths) == 2 and set(ends) & {"csv", "tsv"}:
+        raise InputError(f"{what or 'no file'}", "one file, or two lists (up, down)", "pass one table")
     if len(paths) == 2 or ends[0] in ("gmt", "grp"):
         up, down = (_listed(p)[0] for p in paths) if len(paths) == 2 else _listed(paths[0])
         fates = map_genes([*up, *down], book).assign(value=[1.0] * len(up) + [-1.0] * len(down))
