@@ -26,7 +26,7 @@ def _digest(x, h, deep: int = 0) -> None:
     if isinstance(x, torch.nn.Module): h.update(str([(k, *v.shape, str(v.dtype)) for k, v in x.state_dict().items() if hasattr(v, "shape")]).encode())
     elif isinstance(x, torch.Tensor): _digest(x.detach().cpu().contiguous().view(torch.uint8).numpy() if x.dtype == torch.bfloat16 else x.detach().cpu().numpy(), h)
     elif isinstance(x, np.ndarray): h.update(f"{x.shape}{x.dtype}".encode()); h.update(repr(x.tolist()).encode() if x.dtype.hasobject else np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-    elif isinstance(x, pd.DataFrame): h.update(table_hash(x).encode())
+    elif isinstance(x, pd.DataFrame): _digest([list(x.columns), x.index] + [x.to_numpy() if all(getattr(d, "kind", "O") in "fiub" for d in x.dtypes) else table_hash(x)], h)
     elif isinstance(x, (pd.Series, pd.Index)): _digest(x.to_numpy(), h)
     elif hasattr(x, "obs") and hasattr(x, "layers"): _digest([x.X, x.obs, list(x.var_names), dict(x.layers)], h)  # an AnnData
     elif isinstance(x, (str, bytes, int, float, bool, type(None), np.generic, Path)): h.update(repr(x).encode())
