@@ -1185,6 +1185,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'perturbnb/interpret/forward_study.py'),
                                                    'perturbnb.interpret.forward_study.study_table': ( 'interpret/forward_study.html#study_table',
                                                                                                       'perturbnb/interpret/forward_study.py'),
+                                                   'perturbnb.interpret.forward_study.study_tasks': ( 'interpret/forward_study.html#study_tasks',
+                                                                                                      'perturbnb/interpret/forward_study.py'),
                                                    'perturbnb.interpret.forward_study.summary': ( 'interpret/forward_study.html#summary',
                                                                                                   'perturbnb/interpret/forward_study.py'),
                                                    'perturbnb.interpret.forward_study.top_genes_of': ( 'interpret/forward_study.html#top_genes_of',

@@ -6,9 +6,9 @@
 __all__ = ['PROTOCOLS', 'RULES', 'BASELINES', 'TRAP', 'METRICS', 'INVERSE', 'VARIANTS', 'MARGINS', 'control_half', 'study_table',
            'study_controls', 'demo_bulk_with_halves', 'hold_out', 'fitted_baselines', 'Plateless', 'top_genes_of',
            'score_predictions', 'permuted', 'check_blind', 'fit_forward', 'run_split', 'run_inverse', 'run_variant',
-           'write_study', 'one_run', 'usable', 'runs', 'gathered', 'over_splits', 'summary', 'differences', 'sharing',
-           'ceilings', 'ceiling_share', 'by_stratum', 'inverse_summary', 'steadier', 'variant_table',
-           'cell_token_claim', 'warm_up_claim', 'embedding_claim']
+           'write_study', 'one_run', 'usable', 'runs', 'gathered', 'study_tasks', 'over_splits', 'summary',
+           'differences', 'sharing', 'ceilings', 'ceiling_share', 'by_stratum', 'inverse_summary', 'steadier',
+           'variant_table', 'cell_token_claim', 'warm_up_claim', 'embedding_claim']
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #4a83d06c
 import tempfile
@@ -394,6 +394,24 @@ def gathered(
     "One table of all runs that have it."
     parts = [pd.read_parquet(p / f"{kind}.parquet").assign(run=k[0], seed=k[1]) for k, p in place.items() if (p / f"{kind}.parquet").is_file()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+# %% ../../nbs/interpret/20_forward_study.ipynb #9eea2e18
+def study_tasks(
+    rules: "Sequence[str]", seeds: "Sequence[int]",
+    *,
+    size: str = "demo", changes: "Mapping | None" = None,  # of the forward model
+    ablations: bool = True,  # the variants, for the claims
+    inverse: "Sequence[str]" = ("pair",),  # rules with which the inverse question is asked
+    keep: int = 500,  # test rows of the first run whose predictions are kept
+    data: "str | Path" = "",  # folder of a release, to train the published auto-encoder on; empty: it is left out
+) -> dict:  # (rule or variant, seed) -> (seed, options of one_run), the longest first
+    "Every run of a study."
+    more, first = dict(size=size, changes=dict(changes or {})), (rules[0], seeds[0])
+    out = {("published", 42): (42, dict(kind="published", data=str(data)))} if data else {}
+    for r, s in ((r, s) for r in rules for s in seeds):
+        kept = dict(keep=keep, save_model=True) if (r, s) == first else {}
+        out[r, s] = s, dict(kind="split", name=r, inverse=r in inverse, **kept, **more)
+    return out | {(v, s): (s, dict(kind="variant", name=v, **more)) for v in VARIANTS for s in seeds if ablations}
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #924db4d0
 def _crossed_groups(obs: pd.DataFrame, names) -> "tuple[pd.DataFrame, str]":
