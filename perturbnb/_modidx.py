@@ -2962,6 +2962,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'perturbnb.train.tune._study': ('train/tune.html#_study', 'perturbnb/train/tune.py'),
                                       'perturbnb.train.tune._suggest': ('train/tune.html#_suggest', 'perturbnb/train/tune.py'),
                                       'perturbnb.train.tune._table': ('train/tune.html#_table', 'perturbnb/train/tune.py'),
+                                      'perturbnb.train.tune._url': ('train/tune.html#_url', 'perturbnb/train/tune.py'),
                                       'perturbnb.train.tune.best_of': ('train/tune.html#best_of', 'perturbnb/train/tune.py'),
                                       'perturbnb.train.tune.importance': ('train/tune.html#importance', 'perturbnb/train/tune.py'),
                                       'perturbnb.train.tune.importance_plot': ( 'train/tune.html#importance_plot',

@@ -82,6 +82,7 @@ Harringtonine|Protein synthesis inhibitor||276389|CC(C)(CCC(CC(=O)OC)(C(=O)OC1C2
 venetoclax|unclear|BCL2|49846579|CC1(CCC(=C(C1)C2=CC=C(C=C2)Cl)CN3CCN(CC3)C4=CC(=C(C=C4)C(=O)NS(=O)(=O)C5=CC(=C(C=C5)NCC6CCOCC6)[N+](=O)[O-])OC7=CN=C8C(=C7)C=CN8)C
 Celecoxib|Cyclooxygenase inhibitor|PTGS2|2662|CC1=CC=C(C=C1)C2=CC(=NN2C3=CC=C(C=C3)S(=O)(=O)N)C(F)(F)F
 Naproxen|Cyclooxygenase inhibitor|PTGS1 PTGS2|156391|CC(C1=CC2=C(C=C1)C=C(C=C2)OC)C(=O)O
+AZD-8055|MTOR inhibitor|MTOR|25262965|CC1COCCN1C2=NC(=NC3=C2C=CC(=N3)C4=CC(=C(C=C4)OC)CO)N5CCOCC5C
 """
 
 # %% ../../nbs/data/09_simulate.ipynb #cae8635a
@@ -143,7 +144,7 @@ class Size(NamedTuple):
     n_shards: int
     repeats: bool  # a fourth plate that repeats every third drug at the highest dose
 
-SIZES = {"tiny": Size(3, 2, 200, 1_200, 2, False), "small": Size(23, 6, 1_000, 20_000, 4, True), "medium": Size(59, 8, 2_000, 100_000, 10, True)}
+SIZES = {"tiny": Size(3, 2, 200, 1_200, 2, False), "small": Size(23, 6, 1_000, 20_000, 4, True), "medium": Size(60, 8, 2_000, 100_000, 10, True)}
 DOSES = (0.05, 0.5, 5.0)  # µM
 
 # %% ../../nbs/data/09_simulate.ipynb #c80ff3de
@@ -342,7 +343,7 @@ def _truth(seed: int, drugs: pd.DataFrame, lines: pd.DataFrame, genes: pd.DataFr
     return adata
 
 # %% ../../nbs/data/09_simulate.ipynb #843cf314
-MODEL = 4  # raised when the same seed would give other data
+MODEL = 5  # raised when the same seed would give other data
 
 def _is_simulation(folder: Path) -> bool:
     "Whether a folder says of itself that it is a simulated data set."

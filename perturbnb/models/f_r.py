@@ -20,7 +20,7 @@ from .sequence import ORDERS, ControlStates, control_sequences, control_states, 
 
 # %% ../../nbs/models/08a_f_r.ipynb #5aad6dae
 SIZES = {  # what a size stands for
-    "demo": dict(rank=48, width=32, heads=4, layers=1, tokens=32, hidden=64, batch=64, epochs=40, lr=1e-2),
+    "demo": dict(rank=48, width=32, heads=4, layers=1, tokens=32, hidden=64, batch=128, epochs=40, lr=1e-2),
     "base": dict(rank=64, width=64, heads=4, layers=2, tokens=96, hidden=128, batch=128, epochs=40, lr=5e-3),
     "large": dict(rank=256, width=256, heads=8, layers=4, tokens=1024, hidden=512, batch=512, epochs=30, lr=1e-3)}
 
@@ -229,27 +229,29 @@ def _columns_of(self, obs: pd.DataFrame) -> "tuple[dict, np.ndarray]":
              np.where(obs.cell_line.astype(str).isin(trained), "", np.where(seen, "unseen line: its control state", "unseen line, no features of it: its control state alone")), n_plate,
              np.where(np.isfinite(raw), np.where((dose < low - 1e-6) | (dose > high + 1e-6), "dose outside the training range", ""), "no dose: the median one")]
     notes = ["; ".join(filter(None, p)) for p in zip(*parts)]
-    cols = {**drug, "state": state, "cell": np.column_stack([np.where(seen[:, None], cell, 0), ~seen]).astype(np.float32), "dose": dose.astype(np.float32)}
+    lent = (obs.control.astype(str) == "same_line").to_numpy() if "control" in obs else np.zeros(len(obs), bool)
+    used = np.where(lent, self._states.at(obs.cell_line)[0], state)
+    cols = {**drug, "state": state, "used": used, "cell": np.column_stack([np.where(seen[:, None], cell, 0), ~seen]).astype(np.float32), "dose": dose.astype(np.float32)}
     return cols, np.array(notes, dtype=object)
 
 def _batch(self, cols: dict, rows: np.ndarray, hidden=None, device=None) -> dict:
     "The input of the network for some rows."
     import torch
-    b = {k: torch.as_tensor(cols[k][rows], device=device) for k in ("features", "known", "drug", "cell", "dose", "state")}
+    b = {k: torch.as_tensor(cols[k][rows], device=device) for k in ("features", "known", "drug", "cell", "dose", "state", "used")}
     b["shown"] = (b["drug"] >= 0).float() if hidden is None else ((b["drug"] >= 0) & ~hidden[b["drug"]]).float()
     b["drug"] = b["drug"].clamp(min=0)
     states, b["ctx"] = torch.unique(b["state"], return_inverse=True)
     s = self._inputs(device)
-    return {**b, **{k: s[k][states] for k in ("genes", "values", "mask")}, **{k: s[k][b["state"]] for k in ("level", "error")}}
+    return {**b, **{k: s[k][states] for k in ("genes", "values", "mask")}, "level": s["level"][b["state"]], "error": s["measured"][b["used"]] - s["level"][b["state"]]}
 
 # %% ../../nbs/models/08a_f_r.ipynb #77b6750a
 @patch
 def _inputs(self: ForwardModel, device=None) -> dict:
-    "Sentences, levels and errors of all control states as tensors; made once."
+    "Sentences and levels of all control states as tensors; made once."
     import torch
     if getattr(self, "_tensors", None) is None:
         q = control_sequences(self._states, self.options["tokens"], self.options["order"], self.arrays["order_reference"])
-        self._tensors = {"genes": q.genes, "values": q.values, "mask": q.mask, "level": self._states.level.astype(np.float32), "error": self._states.error.astype(np.float32)}
+        self._tensors = {"genes": q.genes, "values": q.values, "mask": q.mask, **{k: getattr(self._states, k).astype(np.float32) for k in ("level", "measured")}}
         self._tensors = {k: torch.as_tensor(v, device=device) for k, v in self._tensors.items()}
     return self._tensors
 
@@ -383,7 +385,7 @@ def _fit_forward(self, train, val, **how):
         torch.manual_seed(int(stream.integers(2**63 - 1)))
         net = _network(train.n_vars, len(self.names["own"]["groups"]), self._drugs.d, self._lines.d, len(states.rows), s)
     if s["svd"]:
-        y = train.X + (states.error[cols["state"]] if s["control_error"] else 0)
+        y = train.X + (states.measured[cols["used"]] - states.level[cols["state"]] if s["control_error"] else 0)
         net.programmes.weight.data = torch.as_tensor(_first_programmes(y, states.level[cols["state"]], weight, s["rank"], s["link"], stream), dtype=torch.float32)
     held = None if val is None else (_columns_of(self, val.obs)[0], np.asarray(val.X))
     task = _task(self, net, cols, train.X, weight, held)

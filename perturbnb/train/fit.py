@@ -416,7 +416,7 @@ def _show(run: _Run, handle: list) -> None:
     import matplotlib.pyplot as plt
     from IPython.display import display
     from perturbnb import plot
-    fig, ax = plot.page(height=2.6)
+    fig, ax = plot.page(height=2.2, dpi=80)
     plot.training_curves(pd.DataFrame(run.rows), ax)
     handle[0].update(fig) if handle else handle.append(display(fig, display_id=True))
     plt.close(fig)

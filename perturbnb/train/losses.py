@@ -225,13 +225,13 @@ def ranknet(
 def approx_ndcg(
     pred: Tensor, gain: Tensor,  # scores, and gain of each gene (negative ones count as 0), (B, G)
     alpha: float = 50.0,  # steepness of the smooth places, one over the unit of the scores
+    top: "int | None" = None,  # so many of the largest gains count; all if not given
     # signed: None, False or True, see above
 ) -> Tensor:  # -1 (perfect) to 0
     "Minus a smooth NDCG."
-    g = gain.clamp(min=0)
-    place = .5 + torch.sigmoid(alpha * (pred[:, None] - pred[:, :, None])).sum(2)
-    best = g.sort(1, descending=True)[0] / torch.arange(2, g.shape[1] + 2, device=g.device, dtype=g.dtype).log2()
-    total = best.sum(1)
+    g, at = gain.clamp(min=0).topk(min(top or gain.shape[1], gain.shape[1]), 1)  # sorted: the best order
+    place = .5 + torch.sigmoid(alpha * (pred[:, None] - pred.gather(1, at)[:, :, None])).sum(2)
+    total = (g / torch.arange(2, g.shape[1] + 2, device=g.device, dtype=g.dtype).log2()).sum(1)
     return -_mean_of((g / (1 + place).log2()).sum(1) / torch.where(total > 0, total, 1), total > 0)
 
 # %% ../../nbs/train/00_losses.ipynb #d7d1b746

@@ -78,12 +78,18 @@ def _quiet():
 
 PRUNERS = ("median", "hyperband", None)
 
+def _url(path: Path) -> str:
+    "The address of a SQLite file; refused if something else stands there."
+    from sqlalchemy.engine import URL
+    if path.exists() and path.stat().st_size and not path.read_bytes()[:16].startswith(b"SQLite format 3"): raise InputError(f"{path} is no SQLite file", "a file that an earlier search wrote, or a new name", "choose another name")
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
 def _study(optuna, storage: "Path | None", name: str, settings: dict, pruner, warmup: int):
     "The study, new or continued; refused if it was begun with other settings."
     if pruner not in PRUNERS: raise InputError(f"pruner={pruner!r}", "median, hyperband or None", nearest(pruner, ["median", "hyperband"]))
     if settings["mode"] not in ("min", "max"): raise InputError(f"mode={settings['mode']!r}", "min or max", "min for a loss, max for a score")
     stop = {"median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=warmup), "hyperband": optuna.pruners.HyperbandPruner(min_resource=max(1, warmup)), None: optuna.pruners.NopPruner()}[pruner]
-    study = optuna.create_study(storage=None if storage is None else f"sqlite:///{storage}", study_name=name, load_if_exists=True,
+    study = optuna.create_study(storage=None if storage is None else _url(storage), study_name=name, load_if_exists=True,
                                 direction={"min": "minimize", "max": "maximize"}[settings["mode"]], pruner=stop)
     was = study.user_attrs.get("settings")
     for k in settings if was else ():
