@@ -127,30 +127,36 @@ def slowly(root, out, panel, pause):
     bulk(root, out, panel, workers=2)
 
 
-def killed_after(root, out, panel, wait) -> bool:
-    "Start in a process of its own and kill it; whether it was still at work."
-    child = multiprocessing.get_context("fork").Process(target=slowly, args=(root, out, panel, 0.02))
+def noted(out: Path) -> int:
+    "Shards that the manifest on the disk lists."
+    try: return len(json.loads(Path(f"{out}.work/manifest.json").read_text())["shards"])
+    except FileNotFoundError: return 0
+
+
+def killed_after(root, out, panel, shards, wait) -> bool:
+    "Start in a process of its own and kill it a moment after so many more shards were noted; whether it was still at work."
+    before = noted(out)
+    child = multiprocessing.get_context("fork").Process(target=slowly, args=(root, out, panel, 0.01))
     child.start()
-    while not Path(f"{out}.work").exists() and child.is_alive(): time.sleep(0.002)
+    while child.is_alive() and not (Path(f"{out}.work").exists() and noted(out) >= min(SHARDS, before + shards)): time.sleep(0.002)
     child.join(wait)
     alive = child.is_alive()
-    child.kill(); child.join(20)
+    child.kill(); child.join(60)
     assert child.exitcode is not None
     return alive
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_killed_at_any_moment_and_resumed(release, panel, expected, tmp_path):
-    draw, kept = rng(0, "tests.bulk"), []
-    for i in range(5):
-        out, kills = tmp_path / f"{i}.h5ad", 0
-        while kills < 3 and killed_after(release, out, panel, draw.uniform(0, 0.4)): kills += 1
-        if not out.exists():
-            facts = bulk(release, out, panel, workers=1 + i % 3)
-            kept.append(facts.cells - facts.counted)
-        assert file_hash(out) == expected
-        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(out.name)) == [out.name, f"{out.name}.manifest.json"] or (out.exists() and not kept)
-    assert any(kept)  # some calls found work that was done
+@pytest.mark.parametrize("i", range(4))
+def test_killed_at_any_moment_and_resumed(release, panel, expected, tmp_path, i):
+    draw, out, kept = rng(i, "tests.bulk"), tmp_path / "b.h5ad", 0
+    for shards in (0, 1, 4):
+        if killed_after(release, out, panel, shards, draw.uniform(0, 0.1)): kept = max(kept, noted(out))
+    if not out.exists() or Path(f"{out}.work").exists():
+        facts = bulk(release, out, panel, workers=1 + i)
+        assert facts.counted < facts.cells and facts.shards == SHARDS
+        assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["b.h5ad", "b.h5ad.manifest.json"]
+    assert file_hash(out) == expected and kept > 0
 
 
 @pytest.mark.parametrize("place", ["_write_table", "_facts"])

@@ -126,7 +126,7 @@ class _Job(NamedTuple):
     "What a worker must know."
     column: np.ndarray  # panel column of each token id; -1: a gene outside the panel, -2: no gene
     n_genes: int  # genes of the panel
-    wells: pd.DataFrame  # drug, plate, dose_um, condition (row in the next); one row for each well, indexed by sample
+    wells: dict  # sample -> (condition, a row of the next; drug; plate)
     conditions: pd.DataFrame  # drug, dose_um, plate; sorted
     seed: np.uint64  # of the halves
     pool: bool = False  # add up the control cells of everything in one group, and pass over all others
@@ -138,7 +138,8 @@ def _make_job(genes: pd.DataFrame, samples: pd.DataFrame, panel: "Sequence[str]"
     column[genes["token_id"]] = place.fillna(-1).to_numpy()
     keys = ["drug", "dose_um", "plate"]
     conditions = samples[keys].drop_duplicates().sort_values(keys, ignore_index=True)
-    wells = samples[["sample", *keys]].merge(conditions.reset_index(names="condition"), on=keys, how="left").set_index("sample")
+    number = {tuple(k): i for i, k in enumerate(conditions[keys].itertuples(index=False, name=None))}
+    wells = {s: (number[d, x, p], d, p) for s, d, x, p in samples[["sample", *keys]].itertuples(index=False, name=None)}
     word = rng(seed, "tahoe_bulk.halves").integers(0, 2**64, dtype=np.uint64)
     return _Job(column, len(panel), wells, conditions, word, pool)
 
@@ -159,18 +160,18 @@ def _codes(batch: pa.RecordBatch, name: str, at) -> "tuple[np.ndarray, list]":
 def _condition(job: _Job, batch: pa.RecordBatch, at) -> np.ndarray:
     "Condition of each cell."
     code, names = _codes(batch, "sample", at)
-    well = job.wells.index.get_indexer(names)
+    well = np.array([job.wells.get(x, (-1, "", ""))[0] for x in names])
     if (well[code] < 0).any():
         i = int((well[code] < 0).argmax())
         raise at(i, f"sample {names[code[i]]!r} is not in the sample table", "a sample of that table", "use the sample_metadata of the same release")
-    for c in ("drug", "plate"):
-        mine, known = _codes(batch, c, at), job.wells[c].to_numpy()[well]
-        same = np.array([[x == y for y in known] for x in mine[1]], bool)[mine[0], code]
+    for place, c in ((1, "drug"), (2, "plate")):
+        mine, found = _codes(batch, c, at)
+        same = np.array([[x == job.wells[s][place] for s in names] for x in found], bool)[mine, code]
         if not same.all():
             i = int((~same).argmax())
-            raise at(i, f"sample {names[code[i]]!r} has {c} {mine[1][mine[0][i]]!r} in the shard and {known[code[i]]!r} in the sample table",
+            raise at(i, f"sample {names[code[i]]!r} has {c} {found[mine[i]]!r} in the shard and {job.wells[names[code[i]]][place]!r} in the sample table",
                      "the same in both", "use the sample_metadata of the same release")
-    return job.wells["condition"].to_numpy()[well][code]
+    return well[code]
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #0076feed
 def _barcodes(batch: pa.RecordBatch, at) -> "tuple[np.ndarray, np.ndarray]":
@@ -231,11 +232,13 @@ def _row_groups(path: Path, threads: bool = False):
         file = pq.ParquetFile(path, metadata=look.metadata, read_dictionary=list(_TEXT), page_checksum_verification=True)
         for i in range(file.num_row_groups):
             few = file.metadata.row_group(i).num_rows <= 4096
-            pieces = file.read_row_group(i, columns=_COLUMNS, use_threads=threads).to_batches() if few else \
+            pieces = iter(file.read_row_group(i, columns=_COLUMNS, use_threads=threads).to_batches()) if few else \
                 file.iter_batches(batch_size=2048, row_groups=[i], columns=_COLUMNS, use_threads=threads)
             for batch in pieces:
-                if batch.num_rows: yield row, batch
-                row += batch.num_rows
+                n = batch.num_rows
+                if n: yield row, batch
+                row += n
+                del batch  # its memory is what the next one is decoded into
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #a438c4f7
 class _Sums:
@@ -299,6 +302,7 @@ def _add_shard(sums: _Sums, path: Path, tick=lambda n: None, threads: bool = Fal
             n, h = _add(sums, batch, at(row))
             done, cells, mark = done + 1, cells + n, (mark + h) % 2**64
             tick(n)
+            del batch
     except BaseException:
         for _, (row, batch) in zip(range(done), _row_groups(path)): tick(-_add(sums, batch, at(row), -1)[0])
         raise
