@@ -14,6 +14,7 @@ __all__ = ['PROTOCOLS', 'RULES', 'BASELINES', 'TRAP', 'METRICS', 'INVERSE', 'VAR
 # %% ../../nbs/interpret/20_forward_study.ipynb #4a83d06c
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..data.demo import demo_data, read_truth
 from ..data.drugs import structure_groups
 from ..data.effects import effects
 from ..data.split import Split, split
-from .ablation import _all, compare, compare_spread, run_key
+from .ablation import MIN_SEEDS, _all, compare, compare_spread, run_key
 from .claims import Verdict, all_of
 from ..metrics import effect, retrieval  # enter their metrics into the registry
 from ..metrics.ceiling import perfect_score
@@ -189,29 +190,36 @@ def score_predictions(
     return pd.concat(out).rename_axis("name").reset_index()
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #699b45c2
+@contextmanager
 def permuted(
     table: ad.AnnData,
     rows: np.ndarray,  # mask of the rows whose profiles change places
     seed: int = 0,
-) -> ad.AnnData:  # a copy
-    "The table with the profiles of some rows permuted among them; names and conditions stay."
-    out, at = table.copy(), np.flatnonzero(rows)
+):
+    "For a while, the profiles of some rows are permuted among them, in place: whoever holds the table sees it. Names and conditions stay."
+    at = np.flatnonzero(rows)
     new = at[rng(seed, "interpret.forward_study.permuted").permutation(len(at))]
     if len(at) > 1 and (new == at).all(): new = np.roll(at, 1)
-    out.X[at] = table.X[new]
-    for k in out.layers: out.layers[k][at] = table.layers[k][new]
-    return out
+    values = {None: table.X, **{k: table.layers[k] for k in table.layers}}
+    before = {k: v[at].copy() for k, v in values.items()}
+    try:
+        for k, v in values.items(): v[at] = np.asarray(v[new])
+        yield table
+    finally:
+        for k, v in values.items(): v[at] = before[k]
 
 def check_blind(
     model: "Model",  # fitted
-    table: ad.AnnData, parts: Mapping,  # part -> mask of the rows
+    table: ad.AnnData, rows: np.ndarray,  # mask of the test rows
 ) -> int:  # predictions that were compared
-    "How many test predictions stayed bit-identical when the treated profiles were permuted; AssertionError if one did not."
-    other = permuted(table, parts["test"])
-    assert (np.asarray(other.X)[parts["test"]] != np.asarray(table.X)[parts["test"]]).any(), "nothing was permuted"
-    for p in ("train", "val"): assert np.array_equal(other[parts[p]].X, table[parts[p]].X), f"the {p} part changed"
-    before, after = (model.predict(t.obs[parts["test"]]) for t in (table, other))
+    "How many test predictions stayed bit-identical while the treated profiles were permuted; AssertionError if one did not."
+    obs, x = table.obs[rows], np.array(table.X[rows])
+    before = model.predict(obs)
+    with permuted(table, rows):
+        assert (np.asarray(table.X[rows]) != x).any(), "nothing was permuted"
+        after = model.predict(obs)
     assert before.tobytes() == after.tobytes(), "a prediction changed with the treated profiles"
+    assert np.array_equal(table.X[rows], x), "the profiles were not put back"
     return len(before)
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #47c9bcb2
@@ -247,7 +255,7 @@ def run_split(
     model = fit_forward(table, controls, parts, seed, size, **(changes or {}))
     models = {"f_r": model, **fitted_baselines(train, val)}
     predicted = _answers(models, test.obs)
-    facts = {"rule": rule, "seed": seed, "hash": s.hash, "n_blind": check_blind(model, table, parts), **{f"n_{p}": int(m.sum()) for p, m in parts.items()}}
+    facts = {"rule": rule, "seed": seed, "hash": s.hash, "n_blind": check_blind(model, table, parts["test"]), **{f"n_{p}": int(m.sum()) for p, m in parts.items()}}
     out = {"rows": score_predictions(test, predicted), "history": model.history.table, "facts": pd.DataFrame([facts]), "audit": pd.DataFrame({"line": list(proved.lines)})}
     if inverse: out["inverse"] = run_inverse(model, table, s, n_queries)
     if keep: out["predictions"] = _kept(predicted, test.obs_names, table.var_names, keep)
@@ -275,7 +283,8 @@ def run_inverse(
     conditions["group"], obs = conditions.pert.map(group).to_numpy(), queries.obs.assign(pert=queries.obs.pert.astype(str), group=queries.obs.pert.astype(str).map(group))
     known = rank._condition_codes(conditions)[1]
     right = {r: relevance(obs, known, plate=None, same_index=False, **rank.RELEVANCE[r]) for r in relevances if r != "moa" or "moa" in obs}
-    methods, out = {"f_r": Plateless(model), **rank.inverse_baselines(table[s.mask(table, "train")])}, []
+    rivals = {k: v for k, v in rank.inverse_baselines(table[s.mask(table, "train")]).items() if k != "random"}  # chance is known exactly
+    methods, out = {"f_r": Plateless(model), **rivals}, []
     for name, source in methods.items():
         rank._no_leak(name, source, queries, s)
         effect_of = rank.candidate_effects(source, conditions)
@@ -353,7 +362,8 @@ def one_run(
     if kind == "published":
         from perturbnb.models.f_r_published import DEMO, published_gap
         return _save_run({"gap": published_gap(options["data"], seed=seed, size=replace(DEMO, **options["sizes"]), device="cpu", progress=False)}, Path(out))
-    with warnings.catch_warnings():
+    from rdkit import rdBase
+    with warnings.catch_warnings(), rdBase.BlockLogs():
         warnings.simplefilter("ignore")  # each run would repeat which drug has no structure; the report says it once
         found = {"split": run_split, "variant": run_variant}[kind](*_study(folder), name, seed, **options)
         if save_model: usable(found["model"], *_study(folder), found["split"])
@@ -440,8 +450,8 @@ def over_splits(
     for c in values:
         have = row[c].notna().to_numpy()
         est = _estimate(row[c].to_numpy()[have], _recoded(codes, have), average, .95, n_boot, seed, "wider", n_left_out=int((~have).sum()))
-        if k > 1: est = widened(est, float(by_seed[c].std()) / np.sqrt(k), k - 1)
-        notes = [est.note, alone, "one seed: nothing is known of others" if k < 2 else "", f"{est.n_left_out} undefined rows left out" if est.n_left_out else ""]
+        if k >= MIN_SEEDS: est = widened(est, float(by_seed[c].std()) / np.sqrt(k), k - 1)
+        notes = [est.note, alone, f"{k} seed(s): nothing is known of others" if k < MIN_SEEDS else "", f"{est.n_left_out} undefined rows left out" if est.n_left_out else ""]
         out.append(dict(value=est.value, low=est.low, high=est.high, n=est.n, n_seeds=k, by_seed=by_seed[c].tolist(), note="; ".join(filter(None, notes))))
     return pd.DataFrame(out, index=values.columns)
 

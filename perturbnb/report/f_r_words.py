@@ -25,7 +25,7 @@ _SHORT = {"pair": "pairs", "unseen_drug": "unseen drugs", "unseen_scaffold": "un
 
 def demo_mark(demo: bool) -> str: return "Simulated data. " if demo else ""
 
-def _said(name: str) -> str: return str(name).replace("_", " ")
+def _said(name: str) -> str: return "forward model" if name == "f_r" else str(name).replace("_", " ")
 
 def said(rule: str) -> str: return _SHORT[rule]  # in a sentence
 
@@ -185,14 +185,15 @@ def lead_table(found: dict, metric: str = "pearson_delta@1", protocol: str = "le
 
 # %% ../../nbs/report/11_f_r_words.ipynb #b375e25f
 def metric_rows(found: dict) -> pd.DataFrame:
-    "Against the best baseline in each metric, by rule; best baseline named."
+    "Against the best baseline in the other metrics, by rule; best baseline named."
     out = []
-    for i in METRICS:
+    for i in (m for m in METRICS if m != "pearson_delta@1"):
         for r in deciding(found, i).itertuples():
             form = ".4f" if i == "mse@1" else ".3f"
-            out.append({"held out": _SHORT[r.rule], "metric": _said(i.split("@")[0]) + (" (lower is better)" if i == "mse@1" else ""), "f r": f"{r.f_r:{form}}", "best baseline": f"{_said(r.baseline)} {r.best:{form}}",
+            out.append({"held out": _SHORT[r.rule], "metric": _said(i.split("@")[0]) + (" (lower is better)" if i == "mse@1" else ""), "forward model": f"{r.f_r:{form}}", "best baseline": f"{_said(r.baseline)} {r.best:{form}}",
                         "difference": plot.interval(r.difference, r.low, r.high, "+" + form), "verdict": r.verdict})
-    return pd.DataFrame(out)
+    t = pd.DataFrame(out)
+    return t.sort_values("held out", key=lambda c: c.map(list(dict.fromkeys(t["held out"])).index), kind="stable", ignore_index=True)
 
 def protocol_table(found: dict, models: "Sequence[str]" = ("f_r", TRAP)) -> pd.DataFrame:
     "Both protocols side by side, for the forward model, the best baseline and the trap."
@@ -207,7 +208,7 @@ def protocol_table(found: dict, models: "Sequence[str]" = ("f_r", TRAP)) -> pd.D
 def share_table(found: dict) -> pd.DataFrame:
     "The share of the ceiling, estimated and known."
     t = found["shares"]
-    return pd.DataFrame({"held out": t.rule.map(_SHORT), "ceiling": t.kind.map({"estimated": "estimated from halves", "known": "truth known"}), "f r": t.score, "a perfect model": t.ceiling,
+    return pd.DataFrame({"held out": t.rule.map(_SHORT), "ceiling": t.kind.map({"estimated": "estimated from halves", "known": "truth known"}), "forward model": t.score, "a perfect model": t.ceiling,
                          "share": [plot.interval(r.share, r.low, r.high, ".0%") for r in t.itertuples()], "n": t.n})
 
 # %% ../../nbs/report/11_f_r_words.ipynb #cb496e9a
@@ -226,7 +227,7 @@ def forest_figure(found: dict):
     fig, axes = plot.page(-(-len(rules) // 2), min(2, len(rules)), height=.19 * n * -(-len(rules) // 2) + .9, squeeze=False)
     for ax, r in zip(axes.ravel(), rules):
         plot.forest_plot(forest_rows(found, r), ax, "Pearson of delta, leak-free", 0)
-        ax.set_title(_SHORT[r])
+        ax.set_title(_SHORT[r], fontsize=plot.NORMAL, loc="left")
     for ax in axes.ravel()[len(rules):]: ax.set_visible(False)
     return fig
 
@@ -238,7 +239,7 @@ def curves_figure(history: pd.DataFrame, rules: "Sequence[str]"):
         for (seed, t), colour in zip(_pick(history, rule=r).groupby("seed"), plot.PALETTE * 9):
             ax.plot(t.epoch, t.val_loss, lw=1.1, color=colour, label=f"seed {seed}")
             if t.val_loss.notna().any(): ax.plot(*t.loc[t.val_loss.idxmin(), ["epoch", "val_loss"]], "o", ms=4, color=colour)
-        ax.set(xlabel="epoch"); ax.set_title(_SHORT[r])
+        ax.set(xlabel="epoch"); ax.set_title(_SHORT[r], fontsize=plot.NORMAL, loc="left")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("1 − Pearson,\nvalidation rows"); axes[0, 0].legend(frameon=False, fontsize=plot.SMALL - 1)
     return fig
@@ -264,33 +265,43 @@ def inverse_table(inverse: pd.DataFrame, rule: str = "pair", lines: str = "same"
 
 def inverse_leads(leads: pd.DataFrame, rule: str = "pair", metric: str = "ap_at_10@1") -> pd.DataFrame:
     "The forward model minus each rival in mAP@10."
-    t = _pick(leads, rule=rule, id=metric)
-    return pd.DataFrame({"minus": t.baseline.map(_said), "to find": t.relevance.map(_FINDS), "candidates judged in": t.lines.map({"same": "the line of the query", "all": "any line"}),
+    t = _pick(leads, rule=rule, id=metric, relevance="drug")
+    return pd.DataFrame({"minus": t.baseline.map(_said), "candidates judged in": t.lines.map({"same": "the line of the query", "all": "any line"}),
                          "difference": [plot.interval(r.value, r.low, r.high, "+.3f") for r in t.itertuples()], "n": t.n})
 
 def inverse_sentence(found: dict, rule: str = "pair", against: "Sequence[str]" = ("connectivity", "nearest_compound")) -> str:
     "Whether the forward model finds the drug better than its rivals do."
     m = _pick(found["inverse"], rule=rule, lines="same", relevance="drug", id="ap_at_10@1").set_index("model")
     t = _pick(found["inverse_leads"], rule=rule, lines="same", relevance="drug", id="ap_at_10@1").set_index("baseline")
-    word = lambda b: "no interval for" if t.low[b] != t.low[b] else "better than" if t.low[b] > 0 else "worse than" if t.high[b] < 0 else "not told from"
-    said = [f"{word(b)} {_said(b)} ({m.value[b]:.2f}, difference {plot.interval(t.value[b], t.low[b], t.high[b], '+.2f')})" for b in [*against, *(b for b in t.index if b not in against)] if b in t.index]
-    return (f"The drug behind a held-out signature, in the same line: mAP@10 {plot.interval(m.value['f_r'], m.low['f_r'], m.high['f_r'], '.2f')}, chance {m.chance['f_r']:.2f}; " + "; ".join(said) + ".")
+    word = lambda b: "no interval against" if t.low[b] != t.low[b] else "better than" if t.low[b] > 0 else "worse than" if t.high[b] < 0 else "not told from"
+    best = m.value.drop("f_r").sort_values(ascending=False).index[0]
+    names = list(dict.fromkeys([*(b for b in against if b in t.index), best]))
+    said = [f"{word(b)} {_said(b)} ({m.value[b]:.2f}{', the best rival' if b == best else ''}; difference {plot.interval(t.value[b], t.low[b], t.high[b], '+.2f')})" for b in names]
+    return (f"The drug behind a held-out signature, looked for in the same line: mAP@10 {plot.interval(m.value['f_r'], m.low['f_r'], m.high['f_r'], '.2f')}, chance {m.chance['f_r']:.2f}. It is "
+            + ", ".join(said[:-1]) + (" and " if said[1:] else "") + said[-1] + ".")
 
 # %% ../../nbs/report/11_f_r_words.ipynb #640fd9c4
 def stratum_table(t: pd.DataFrame, what: str, baseline: str, most: int = 8) -> pd.DataFrame:
     "Strata with the largest and the smallest difference."
     t = t.sort_values("difference", ascending=False, kind="stable")
     t = t if len(t) <= most else pd.concat([t[:most // 2], t[-(most // 2):]])
-    return pd.DataFrame({what: t.stratum, "n": t.n, "f r": t.f_r, _said(baseline): t.baseline, "difference": [plot.interval(r.difference, r.low, r.high, "+.2f") for r in t.itertuples()]})
+    return pd.DataFrame({what: t.stratum, "n": t.n, "forward model": t.f_r, _said(baseline): t.baseline, "difference": [plot.interval(r.difference, r.low, r.high, "+.2f") for r in t.itertuples()]})
+
+def _answered(v: "Verdict") -> str:
+    "The answer, and whether a yes is smaller than what matters."
+    return v.answer + (", but less than matters" if v.answer == "yes" and v.estimate.high < v.margin else "")
 
 def claim_rows(claims: dict) -> pd.DataFrame:
     "Every verdict of every claim."
-    return pd.DataFrame([{"claim": claim, "tested as": v.claim, "answer": v.answer, "difference": plot.interval(v.estimate.value, v.estimate.low, v.estimate.high, "+.3f"), "in": _said(v.what), "matters from": v.margin}
+    return pd.DataFrame([{"claim": claim, "tested as": v.claim, "answer": _answered(v), "difference": plot.interval(v.estimate.value, v.estimate.low, v.estimate.high, "+.3f"), "in": _said(v.what), "matters from": v.margin}
                          for claim, (_, verdicts) in claims.items() for v in verdicts], columns=["claim", "tested as", "answer", "difference", "in", "matters from"])
 
+_DECIDE = {"The cell token stabilises the ranking": 2, "Gene embeddings are structured": 2}  # how many verdicts decide; one for the others
+
 def claim_sentence(claims: dict) -> str:
-    "The answers to the three claims."
-    return "; ".join(f"{claim}: **{a}**" for claim, (a, _) in claims.items()) + "." if claims else ""
+    "The answers to the claims, with the differences that decide."
+    say = lambda v: f"{v.claim}: {plot.interval(v.estimate.value, v.estimate.low, v.estimate.high, '+.3f')}" + (", less than matters" if "less" in _answered(v) else "")
+    return "; ".join(f"*{claim}*: **{a}** ({'; '.join(map(say, verdicts[:_DECIDE.get(claim, 1)]))})" for claim, (a, verdicts) in claims.items()) + "." if claims else ""
 
 _GAP = ("as published", "other drug", "untreated cell", "copy of the input", "mean of the line")
 
@@ -321,7 +332,7 @@ def limits(found: dict, demo: bool) -> str:  # Markdown
            "splits of different seeds share most of their training rows, so the trainings are not independent; the spread of their means was added to the intervals all the same",
            "half of the control cells is kept out of input and training: with all of them the model would do a little better than shown here",
            *notes, *(["the data are simulated, by the same kind of law (programmes of genes, a dose curve, a fold change on a level) that the model assumes, and its default settings were chosen on such data: real cells will be less kind"] if demo else [])]
-    return "\n".join(f"- {plot.escape(x)}" for x in out)
+    return "\n\n".join(f"- {plot.escape(x)}" for x in out)
 
 # %% ../../nbs/report/11_f_r_words.ipynb #56dde6b9
 def _ends(r) -> "tuple | None": return (float(r.low), float(r.high)) if r.low == r.low else None
