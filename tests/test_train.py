@@ -16,9 +16,9 @@ import json, os, sys, time
 from pathlib import Path
 import numpy as np, torch
 from perturbnb.core import rng
-from perturbnb.train.fit import Task, fit
+from perturbnb.models.fit import Task, fit
 from perturbnb.train.tune import search, stop_by, trial_dir
-from perturbnb.train.losses import Mix, Ramp, info_nce, mse, ranknet
+from perturbnb.models.losses import Mix, Ramp, info_nce, mse, ranknet
 torch.set_num_threads(1)
 
 class Example(Task):

@@ -518,6 +518,7 @@ class _Worker:
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #955424ba
 def _run_workers(paths: list, workers: int, make, progress) -> None:
     "Let threads count shards, each taking some neighbours at a time; the first error is raised once all have stopped."
+    _kernels()  # once, and not by each thread
     todo, lock, stop = deque(paths), threading.Lock(), threading.Event()
     def take():
         with lock: return [todo.popleft() for _ in range(min(len(todo), max(1, len(todo) // (4 * workers))))]

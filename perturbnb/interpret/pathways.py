@@ -152,6 +152,7 @@ def against_random(
     groups=None,  # a label for each row: rows that share their luck; two columns if crossed
     strata: "np.ndarray | None" = None,  # bin of each gene, from strata_of
     n_random: int = 200,  # random collections
+    metrics: Sequence = PATHWAY_METRICS,  # which of these; fewer are quicker
     n_top: "int | None" = None, seed: int = 0,
 ) -> pd.DataFrame:  # model, id, value, random, random_low, random_high, excess, low, high, p, n
     "Pathway scores beside those of random sets of the same sizes."
@@ -159,7 +160,7 @@ def against_random(
         raise InputError(f"n_random {n_random!r}", "a whole number of 20 or more", "200 is usual")
     a, predicted = _activities(real, predictions, sets)
     x = as_table(real, "real")
-    m, options, n = _standard(membership(sets, x.columns).to_numpy().T).T, dict(n_top=_n_top(n_top, a.shape[1])), x.shape[1]
+    m, options, n = _standard(membership(sets, x.columns).to_numpy().T).T, dict(metrics=[find_metric(i).id for i in metrics], n_top=_n_top(n_top, a.shape[1])), x.shape[1]
     of = {k: np.nan_to_num(_standard(aligned(as_table(v, k), x, k).to_numpy())) for k, v in predictions.items()}
     z, gen, drawn = _standard(x.to_numpy()), rng(seed, "interpret.pathways.random"), {k: [] for k in of}
     for _ in range(n_random):
@@ -171,7 +172,9 @@ def against_random(
 # %% ../../nbs/interpret/00_pathways.ipynb #fa41ee44
 def _scores(real: np.ndarray, pred: np.ndarray, options: dict, index=None) -> pd.DataFrame:
     "The pathway metrics of each row, undefined ones at the value of a prediction that knows nothing."
-    t = score_rows(PATHWAY_METRICS, real, pred, index=index, **options)
+    metrics = options["metrics"]
+    top = {"n_top": options["n_top"]} if set(metrics) != {"pearson_delta@1"} else {}  # the correlation asks for none
+    t = score_rows(metrics, real, pred, index=index, **top)
     return t.fillna({i: find_metric(i).null for i in t if find_metric(i).null is not None})
 
 def _excess(model: str, rows: pd.DataFrame, drawn: np.ndarray, groups, seed: int) -> pd.DataFrame:

@@ -259,7 +259,7 @@ def _inputs(self: ForwardModel, device=None) -> dict:
 def _list_loss(s: dict, pred, true):
     "The chosen list loss over genes."
     import torch
-    from perturbnb.train import losses
+    from perturbnb.models import losses
     f = getattr(losses, s["rank_loss"])
     if s["rank_loss"] in ("ranknet", "approx_ndcg", "listmle"):
         some = torch.randperm(pred.shape[1], device=pred.device)[:256]
@@ -268,10 +268,10 @@ def _list_loss(s: dict, pred, true):
     return f(pred, true, signed=s["signed"], **how)
 
 def _task(model, module, cols: dict, y: np.ndarray, weight: np.ndarray, val: "tuple | None"):
-    "What `train.fit` trains."
+    "What `models.fit` trains."
     import torch
-    from perturbnb.train import losses
-    from perturbnb.train.fit import Task
+    from perturbnb.models import losses
+    from perturbnb.models.fit import Task
     s = model.options
     ramp = lambda k: losses.Ramp(s[k], s["warmup"][0] * s["epochs"], s["warmup"][1] * s["epochs"]) if s[k] else 0.0
     mix = losses.Mix(mse=s["lambda_mse"], cosine=s["lambda_cosine"], rank=ramp("lambda_rank"), align=ramp("lambda_align"))
@@ -373,8 +373,8 @@ def _keep(self) -> None:
 # %% ../../nbs/models/08a_f_r.ipynb #887489d5
 def _fit_forward(self, train, val, **how):
     import torch
-    from perturbnb.train.fit import fit
-    from perturbnb.train.losses import error_weight
+    from perturbnb.models.fit import fit
+    from perturbnb.models.losses import error_weight
     s = self.options
     self._cells = train.obs.n_cells.to_numpy(float) if "n_cells" in train.obs else np.full(train.n_obs, 50.0)
     _prepare(self, train)
@@ -472,7 +472,7 @@ def fit_with(
     self: ForwardModel,
     train: ad.AnnData,  # as in `fit`
     val: "ad.AnnData | None" = None,
-    **how,  # passed to train.fit.fit: dir, resume, device, precision, progress, live, compile, every_steps, …
+    **how,  # passed to models.fit.fit: dir, resume, device, precision, progress, live, compile, every_steps, …
 ) -> ForwardModel:
     "`fit` with options of the training loop."
     self._fit = lambda t, v: _fit_forward(self, t, v, **how)

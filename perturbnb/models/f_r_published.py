@@ -22,8 +22,8 @@ from ..core import device as the_device
 from ..data import tahoe
 from ..data.drugs import morgan
 from ..metrics.uncertainty import mean_interval
-from ..train.fit import Task, fit
-from ..train.losses import Mix, Ramp, hinge_as_published, mse
+from .fit import Task, fit
+from .losses import Mix, Ramp, hinge_as_published, mse
 
 # %% ../../nbs/models/08c_f_r_published.ipynb #0d55f0e1
 def _codes(names: pd.Series, index) -> np.ndarray: return pd.Index(index).get_indexer(names.astype(str))
