@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OURS', 'PUBLISHED', 'SCORES', 'CELLS', 'gene_tokens', 'GeneTokens', 'ResponseEncoder', 'similarities', 'without_own',
            'DrugTower', 'ResponseNet', 'capped', 'nce_as_published', 'distinct_batches', 'ResponseTask', 'panel_genes',
-           'mean_errors', 'signal_share', 'target_matrix', 'ResponseModel', 'rank_genes', 'rank_drugs']
+           'mean_errors', 'signal_share', 'row_reliability', 'target_matrix', 'ResponseModel', 'rank_genes',
+           'rank_drugs']
 
 # %% ../../nbs/models/09_f_p.ipynb #95650ef2
 import math
@@ -168,9 +169,10 @@ def distinct_batches(
     group: np.ndarray,  # structure group of each row, numbers
     size: int,  # rows of a batch, at most the number of groups
     rng: np.random.Generator,  # of every draw
+    weight: "np.ndarray | None" = None,  # how often a row is drawn, 0 or more; all rows in turn if not given
 ) -> list:  # row numbers, an array for each batch
     "Batches in which no structure group stands twice."
-    rows = {g: rng.permutation(np.flatnonzero(group == g)) for g in np.unique(group)}
+    rows = {g: _turns(np.flatnonzero(group == g), math.ceil(len(group) / size), rng, weight) for g in np.unique(group)}
     if size > len(rows):
         raise InputError(f"batches of {size} with {len(rows)} distinct drugs", f"at most {len(rows)}, one row of each", "choose a smaller batch, or leave it out")
     used, out = dict.fromkeys(rows, 0), []
@@ -180,13 +182,20 @@ def distinct_batches(
         for g in chosen: used[g] += 1
     return out
 
+# %% ../../nbs/models/09_f_p.ipynb #0c53e784
+def _turns(rows: np.ndarray, n: int, rng: np.random.Generator, weight: "np.ndarray | None") -> np.ndarray:
+    "The order in which the rows of a group are used."
+    if weight is None: return rng.permutation(rows)
+    w = weight[rows]
+    return rng.choice(rows, n, p=w / w.sum() if w.sum() > 0 else None)
+
 # %% ../../nbs/models/09_f_p.ipynb #0aa145d8
 class ResponseTask(Task):
     "Target and structure losses of signature rows."
     def __init__(
         self,
         module: ResponseNet,
-        data: dict,  # tensors: x, se, right (positives), cell, cell_known; arrays: drug (number of each row's drug), group
+        data: dict,  # tensors: x, se, right (positives), cell, cell_known; arrays: drug (number of each row's drug), group, reliable (or None)
         drugs: dict,  # tensors: x, known; array: group (one row for each drug)
         o: dict,  # options of `ResponseModel`
         val: "dict | None" = None,  # the same as data, for validation
@@ -194,7 +203,7 @@ class ResponseTask(Task):
         self.module, self.data, self.drugs, self.o, self.val, self.n = module, data, drugs, o, val, len(data["x"])
         self.size, self.mix = o["batch"] or min(128, len(np.unique(data["group"]))), Mix(**o["losses"])
 
-    def batches(self, rng): return distinct_batches(self.data["group"], self.size, rng)
+    def batches(self, rng): return distinct_batches(self.data["group"], self.size, rng, self.data["reliable"])
 
     def loss(self, rows, epoch):
         d, at = self.data, torch.as_tensor(rows)
@@ -260,6 +269,17 @@ def signal_share(x: np.ndarray, se: "np.ndarray | None") -> np.ndarray:  # chang
     total = (x ** 2).mean(0)
     return np.clip(1 - np.divide((se ** 2).mean(0), total, out=np.ones_like(total), where=total > 0), 0, 1)
 
+# %% ../../nbs/models/09_f_p.ipynb #7e6d87a3
+def row_reliability(
+    x: np.ndarray,  # changes, rows by genes
+    se: "np.ndarray | None",  # their errors
+    w: np.ndarray,  # weight of each gene
+) -> np.ndarray:  # 0 to 1 for each row; 1 where no error is known
+    "Share of each row's weighted square that is not error."
+    if se is None: return np.ones(len(x))
+    total = ((w * x) ** 2).sum(1)
+    return np.clip(1 - np.divide(((w * se) ** 2).sum(1), total, out=np.ones(len(x)), where=total > 0), 0, 1)
+
 # %% ../../nbs/models/09_f_p.ipynb #961ba47f
 def target_matrix(
     targets: "Sequence",  # of each row: symbols joined by + or comma; a gap where none is known
@@ -274,9 +294,9 @@ def target_matrix(
     return out
 
 # %% ../../nbs/models/09_f_p.ipynb #0fca3eb7
-OURS = dict(n_genes=1000, n_tokens=64, width=64, layers=1, heads=4, dropout=0.1, pooled=True, noise=1.0, lr=2e-3, weight_decay=0.05, epochs=20,
+OURS = dict(n_genes=1000, n_tokens=64, width=64, layers=1, heads=4, dropout=0.1, pooled=True, noise=1.0, reliable=True, lr=2e-3, weight_decay=0.05, epochs=20,
             losses=dict(match=1.0, nce=1.0, bce=0.0, clip=1.0, new=1.0, align=0.0))
-PUBLISHED = dict(n_genes=4000, n_tokens=256, width=256, layers=4, heads=8, dropout=0.1, pooled=False, noise=0.0, lr=1e-4, weight_decay=0.01, epochs=20,
+PUBLISHED = dict(n_genes=4000, n_tokens=256, width=256, layers=4, heads=8, dropout=0.1, pooled=False, noise=0.0, reliable=False, lr=1e-4, weight_decay=0.01, epochs=20,
                  losses=dict(match=1.0, nce=1.0, bce=0.05, clip=0.05, new=0.0, align=0.5))
 SCORES = ("auto", "structure", "prototype", "both")
 CELLS = ("none", "organ", "learned", "pca")
@@ -299,7 +319,7 @@ class ResponseModel(Model):
         batch: "int | None" = None,  # distinct drugs in a batch; all, at most 128, if not given
         as_published: bool = False,  # sizes, weights and losses of the source
         seed: int = 0,  # of weights, batches, noise and dropout
-        **sizes,  # n_genes, n_tokens, width, layers, heads, dropout, pooled, noise, lr, weight_decay, epochs, losses: see OURS
+        **sizes,  # n_genes, n_tokens, width, layers, heads, dropout, pooled, noise, reliable, lr, weight_decay, epochs, losses: see OURS
     ):
         own = dict(drug_kind=drug_kind, drug_options=dict(drug_options or {}), cell=cell, scores=scores, target_tau=target_tau, clip_value=clip_value,
                    batch=batch, as_published=as_published, seed=seed)
@@ -323,7 +343,7 @@ def _options(own: dict, sizes: dict) -> dict:
     for k, low in (("layers", 0), ("seed", 0)): o[k] = whole(k, o[k], base.get(k, 0), low)
     for k in ("target_tau", "clip_value", "lr"): o[k] = positive(k, o[k], base.get(k, own.get(k)))
     if o["batch"] is not None: o["batch"] = whole("batch", o["batch"], "the number of drugs", 2)
-    o["pooled"] = flag("pooled", o["pooled"])
+    for k in ("pooled", "reliable"): o[k] = flag(k, o[k])
     for k, allowed in (("scores", SCORES), ("cell", CELLS)):
         if o[k] not in allowed: raise InputError(f"{k}={o[k]!r}", f"one of {', '.join(allowed)}", nearest(str(o[k]), allowed))
     if bad := [k for k in o["losses"] if k not in base["losses"]]: raise InputError(f"loss {bad[0]!r}", f"one of {', '.join(base['losses'])}", nearest(bad[0], base["losses"]))
@@ -413,7 +433,7 @@ def _start_pool(encoder: ResponseEncoder, x: np.ndarray, se: "np.ndarray | None"
     if not o["pooled"]: return
     w = signal_share(x, se)
     z = x * w
-    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-9)
+    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-9) * (row_reliability(x, se, w)[:, None] + 0.02 if o["reliable"] else 1)
     v = np.linalg.svd(z, full_matrices=False)[2][:o["width"]]
     v = v * np.sign(v[np.arange(len(v)), np.abs(v).argmax(1)])[:, None]
     with torch.no_grad():
@@ -429,8 +449,9 @@ def _rows_of(self, x: np.ndarray, obs: pd.DataFrame, se: "np.ndarray | None", gr
     cell, known = _cells(self, obs[keep], int(keep.sum()))
     t = obs["targets"] if "targets" in obs else pd.Series(None, obs.index, dtype=object)
     t = t.astype(object).where(t.notna(), [self.names["target_texts"][d] if d >= 0 else None for d in drug])
-    c = self.options["clip_value"]
-    return {"x": torch.from_numpy(np.clip(x[keep], -c, c)).float(), "se": torch.zeros(int(keep.sum()), 1) if se is None else torch.from_numpy(se[keep]).float(),
+    c, w = self.options["clip_value"], signal_share(x, se)
+    reliable = row_reliability(x, se, w)[keep] + 0.02 if self.options["reliable"] and se is not None else None
+    return {"reliable": reliable, "x": torch.from_numpy(np.clip(x[keep], -c, c)).float(), "se": torch.zeros(int(keep.sum()), 1) if se is None else torch.from_numpy(se[keep]).float(),
             "right": torch.from_numpy(target_matrix(t[keep].tolist(), self.names["targets"])), "cell": cell, "cell_known": known, "drug": drug[keep], "group": group[drug[keep]]}
 
 # %% ../../nbs/models/09_f_p.ipynb #ee71bbd0
@@ -479,7 +500,7 @@ def _prototypes(self, data: dict) -> np.ndarray:
     "Mean direction of the response vectors of each training drug; zeros for the others."
     h = F.normalize(_respond(self, data["x"], data["cell"], data["cell_known"]), dim=1).numpy()
     out = np.zeros((len(self.classes_), h.shape[1]), np.float32)
-    np.add.at(out, data["drug"], h)
+    np.add.at(out, data["drug"], h if data["reliable"] is None else h * data["reliable"][:, None].astype(np.float32))
     return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
 
 ResponseModel._fit = _fit_response

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..core import InputError, nearest, rng
 from .base import Model, _unfitted, positive, profiles, whole
 from .f_p import (CELLS, ResponseEncoder, ResponseModel, _candidate_table, _cells, _checked_candidates, _d_cell, _drug_x, _features,
-                                  _set_cells, _set_drugs, _start_pool, capped, distinct_batches, mean_errors, panel_genes, rows_hash, without_own)
+                                  _set_cells, _set_drugs, _start_pool, capped, distinct_batches, mean_errors, panel_genes, row_reliability, rows_hash, signal_share, without_own)
 from .fit import Task, fit
 from .losses import Mix, info_nce
 
@@ -59,7 +59,7 @@ class TwoTowerTask(Task):
         self.doses, self.mix = torch.from_numpy(doses).float(), Mix(**o["losses"])
         self.size = o["batch"] or min(128, len(np.unique(data["group"])))
 
-    def batches(self, rng): return distinct_batches(self.data["group"], self.size, rng)
+    def batches(self, rng): return distinct_batches(self.data["group"], self.size, rng, self.data["reliable"])
 
     def loss(self, rows, epoch):
         d, at, net, dev = self.data, torch.as_tensor(rows), self.module, self.device
@@ -79,7 +79,7 @@ class TwoTowerTask(Task):
         return F.cross_entropy(s, self.data["dose_at"][at].to(r.device))
 
 # %% ../../nbs/models/09b_two_tower.ipynb #b6077997
-DEFAULTS = dict(n_genes=1000, n_tokens=64, width=64, layers=1, heads=4, dropout=0.1, pooled=True, noise=1.0, lr=2e-3, weight_decay=0.05, epochs=20, losses=dict(clip=1.0, new=1.0, dose=0.3))
+DEFAULTS = dict(n_genes=1000, n_tokens=64, width=64, layers=1, heads=4, dropout=0.1, pooled=True, noise=1.0, reliable=True, lr=2e-3, weight_decay=0.05, epochs=20, losses=dict(clip=1.0, new=1.0, dose=0.3))
 
 class TwoTower(Model):
     "Scores (drug, dose) candidates for a profile: it sees the treated change, and the candidates' structure, dose and line."
@@ -153,7 +153,8 @@ def _tower_rows(self, x, obs, se, numbers, place, doses) -> dict:
     drug, c = np.array([place[str(d).strip()] for d in obs.pert]), self.options["clip_value"]
     cell, known = _cells(self, obs, len(obs))
     dose = np.log10(obs.dose_um.to_numpy(float))
-    return {"x": torch.from_numpy(np.clip(x, -c, c)).float(), "se": torch.zeros(len(x), 1) if se is None else torch.from_numpy(se).float(), "drug": drug, "group": numbers[drug],
+    reliable = row_reliability(x, se, signal_share(x, se)) + 0.02 if self.options["reliable"] and se is not None else None
+    return {"reliable": reliable, "x": torch.from_numpy(np.clip(x, -c, c)).float(), "se": torch.zeros(len(x), 1) if se is None else torch.from_numpy(se).float(), "drug": drug, "group": numbers[drug],
             "cell": cell, "cell_known": known, "dose": torch.from_numpy(dose).float(), "dose_at": torch.from_numpy(np.abs(dose[:, None] - doses).argmin(1))}
 
 def _tower_sizes(self) -> dict: return {"genes": len(self.arrays["panel"]), "drug": len(self.arrays["anchors"]), "cell": _d_cell(self)}
