@@ -18,7 +18,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]  # numba looks for a package `coverage`, and would find ours
 
 import numpy as np
 import pandas as pd

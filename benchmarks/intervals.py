@@ -1,6 +1,6 @@
-"""Coverage of the intervals of perturbnb.metrics.uncertainty, ceiling and calibration on simulated data with a known truth -> coverage.md.
+"""Coverage of the intervals of perturbnb.metrics.uncertainty, ceiling and calibration on simulated data with a known truth -> intervals.md.
 
-Run from the root of a clone: python benchmarks/coverage.py   (a few minutes on one core; no data needed)
+Run from the root of a clone: python benchmarks/intervals.py   (a few minutes on one core; no data needed)
 """
 import platform
 from pathlib import Path
@@ -145,7 +145,7 @@ def main():
         ("Verdicts of `metrics.calibration`: percent of screens with a yes", "Screens as above with 60 control cells; 400 without effects, 50 with effects of the given size (unit: noise of one cell). The first three rows are false claims.", claims())]
     text = ["# Coverage of the intervals of `metrics.uncertainty`, `ceiling` and `calibration`", "",
             "Percent of simulated data sets whose nominal 95 % interval holds the known truth. With 2,000 data sets one standard error is 0.5 points.",
-            f"Made by `python benchmarks/coverage.py` (NumPy {np.__version__}, Python {platform.python_version()}). The default method is `wider`.", ""]
+            f"Made by `python benchmarks/intervals.py` (NumPy {np.__version__}, Python {platform.python_version()}). The default method is `wider`.", ""]
     for title, words, table in parts: text += [f"## {title}", "", words, "", markdown(table), ""]
     Path(__file__).with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
 
