@@ -1,7 +1,8 @@
 """Does the forward model beat the means, does it find the drug, and which of its parts matter? -> f_r.md
 
 Run from the root of a clone: OMP_NUM_THREADS=1 python benchmarks/f_r.py --cache FOLDER [--part main,ablations] [--jobs 2] [--write]
-Simulated Tahoe data, size medium (60 drugs, 8 lines; seed 0), five seeds: each is the seed of a split and of the network. Every finished fit is kept in FOLDER and not repeated.
+Simulated Tahoe data, size medium (60 drugs, 8 lines). Settings were tried on the simulation of seed 0; the page is made from that of seed 1, which no setting has seen. Five seeds, each of
+a split and of the network. Every finished fit is kept in FOLDER and not repeated.
 """
 import argparse
 import hashlib
@@ -19,9 +20,9 @@ from perturbnb.data.simulate import simulate_tahoe
 from perturbnb.interpret import forward_study as study
 from perturbnb.models import f_r
 
-RULES, SEEDS, SIZE = study.RULES, (0, 1, 2, 3, 4), "demo"
+RULES, SEEDS, SIZE, SIMULATION = study.RULES, (0, 1, 2, 3, 4), "demo", 1
 PROTOCOLS = ("leak-free", "truth", "as measured")
-ABLATIONS = {"no link": dict(link=False), "no control error": dict(control_error=False), "no gain of the line": dict(gain=False), "no dose curve": dict(dose="none"), "no first guess": dict(start=False),
+ABLATIONS = {"48 programmes": dict(rank=48), "no link": dict(link=False), "no control error": dict(control_error=False), "no gain of the line": dict(gain=False), "no dose curve": dict(dose="none"), "no first guess": dict(start=False),
              "no first guess, 40 epochs": dict(start=False, epochs=40), "random programmes": dict(svd=False), "rows count alike": dict(weight_cells=0), "no drug dropout": dict(drug_dropout=0.0),
              "learned drug vector alone": dict(drug="zeros"), "learned line": dict(cell="learned"), "no features of the line": dict(cell="zeros"), "control genes not read": dict(sequence=False),
              "no transformer layer": dict(layers=0), "order: ratio": dict(order="ratio"), "order: difference": dict(order="difference"), "with rank loss (0.1)": dict(lambda_rank=0.1),
@@ -31,7 +32,7 @@ ABLATIONS = {"no link": dict(link=False), "no control error": dict(control_error
 def tables(cache: Path):
     "(table of the study with the truth, controls, hash), made once."
     root, done = cache / "tahoe_medium", cache / "study"
-    if not root.exists(): simulate_tahoe(root, seed=0, size="medium")
+    if not root.exists(): simulate_tahoe(root, seed=SIMULATION, size="medium")
     if not (done / "table.h5ad").exists():
         screen, truth = study.demo_bulk_with_halves(root)
         table = study.study_table(screen, truth=truth)
@@ -81,30 +82,33 @@ def changed(cache, table, controls, data_hash, name, rule, seed) -> pd.DataFrame
             m = study.fit_forward(table, controls, parts, seed, SIZE, **ABLATIONS.get(name, {}))
             test = table[parts["test"]]
             rows = study.score_predictions(test, study._answers({"f_r": m}, test.obs))
-        with atomic_folder(out) as tmp: rows.to_parquet(tmp / "rows.parquet")
+            inverse = study.run_inverse(m, table, s)
+        inverse = inverse[(inverse.method == "f_r") & (inverse["lines"] == "same") & (inverse.relevance == "drug") & inverse["ap_at_10@1"].notna()]
+        both = pd.concat([rows, inverse[["name", "ap_at_10@1"]].assign(model="f_r", protocol="inverse")])
+        with atomic_folder(out) as tmp: both.to_parquet(tmp / "rows.parquet")
         print(name, rule, seed, "done", flush=True)
     return pd.read_parquet(out / "rows.parquet").assign(seed=seed)
 
 
 def ablation_part(cache, table, controls, data_hash, rules=("pair", "unseen_drug"), n_boot=1000):
-    columns, text = [(r, p) for r in rules for p in ("leak-free", "truth")], []
+    columns, text = [(r, p) for r in rules for p in ("leak-free", "truth", "inverse")], []
     full = {r: pd.concat([changed(cache, table, controls, data_hash, "full", r, s) for s in SEEDS]) for r in rules}
     for name in ABLATIONS:
         cells = {}
         for rule in rules:
             other = pd.concat([changed(cache, table, controls, data_hash, name, rule, s) for s in SEEDS]).assign(model=name)
-            d = study.differences(pd.concat([full[rule], other]), table.obs, ["pearson_delta@1"], n_boot=n_boot, seed=0)
+            d = study.differences(pd.concat([full[rule], other]), table.obs, ["pearson_delta@1", "ap_at_10@1"], n_boot=n_boot, seed=0)
             cells |= {(rule, r.protocol): span(r) for r in d.itertuples()}
         text.append([name, *(cells[c] for c in columns)])
         print(text[-1], flush=True)
-    return ("## What each part does\n\nThe model above minus the changed one, Pearson delta; above 0 means that the part helps (or, in the last three rows, that the addition does not).\n\n"
+    return ("## What each part does\n\nThe model above minus the changed one, Pearson delta, or mAP@10 for *inverse* (the drug behind a signature, in its line); above 0 means that the part helps (or, in the last three rows, that the addition does not).\n\n"
             + markdown(text, ["change", *(f"{r}, {p}" for r, p in columns)]) + "\n")
 
 
 HEAD = """# The forward model beside the means
 
 Made by `python benchmarks/f_r.py`, not edited by hand. Simulated Tahoe data of {n_drugs} drugs, {n_lines} cell lines and {n_genes:,} genes, {n:,} effects; five seeds, each the seed of a split and of
-the network. Size `{size}` of the model. Every split was audited. Python {python}, PyTorch {torch}, one thread a training. The runs are those of the report `f_r`.
+the network. Settings were chosen on another simulation (seed 0); this one is of seed {simulation} and was not looked at before. Size `{size}` of the model. Every split was audited. Python {python}, PyTorch {torch}, one thread a training. The runs are those of the report `f_r`.
 
 All effects are Pearson correlations over genes (Pearson delta), averaged over rows. *leak-free*: test answers are taken against control cells that neither input nor training have seen.
 *truth*: against the true effect of the simulation. *as measured*: the control cells of the test answers are those of the input, as is usual; what a model then "predicts" of the error of the
@@ -123,6 +127,6 @@ if __name__ == "__main__":
     parts = {"main": lambda: main_part(cache, *data, args.jobs), "ablations": lambda: ablation_part(cache, *data)}
     text = "\n".join(parts[p]() for p in args.part.split(","))
     table = data[0]
-    head = HEAD.format(n_drugs=table.obs.pert.nunique(), n_lines=table.obs.cell_line.nunique(), n_genes=table.n_vars, n=table.n_obs, size=SIZE, python=platform.python_version(), torch=torch.__version__.split("+")[0])
+    head = HEAD.format(n_drugs=table.obs.pert.nunique(), n_lines=table.obs.cell_line.nunique(), n_genes=table.n_vars, n=table.n_obs, size=SIZE, simulation=SIMULATION, python=platform.python_version(), torch=torch.__version__.split("+")[0])
     print(text)
     if args.write: Path(__file__).with_suffix(".md").write_text(head + text)

@@ -22,9 +22,9 @@ from .sequence import ORDERS, ControlStates, control_sequences, control_states, 
 
 # %% ../../nbs/models/08a_f_r.ipynb #5aad6dae
 SIZES = {  # what a size stands for
-    "demo": dict(rank=48, width=32, heads=4, layers=1, tokens=32, hidden=64, batch=128, epochs=12, lr=1e-2),
-    "base": dict(rank=64, width=64, heads=4, layers=2, tokens=96, hidden=128, batch=128, epochs=20, lr=5e-3),
-    "large": dict(rank=256, width=256, heads=8, layers=4, tokens=1024, hidden=512, batch=512, epochs=10, lr=1e-3)}
+    "demo": dict(rank=128, width=32, heads=4, layers=1, tokens=32, hidden=64, batch=128, epochs=12, lr=1e-2),
+    "base": dict(rank=256, width=64, heads=4, layers=2, tokens=96, hidden=128, batch=128, epochs=20, lr=5e-3),
+    "large": dict(rank=512, width=256, heads=8, layers=4, tokens=1024, hidden=512, batch=512, epochs=10, lr=1e-3)}
 
 SETTINGS = dict(  # common to all sizes
     order="expression", drug="morgan", cell="pca",  # rule of the gene order; kinds of data.drug_features and data.cell_features
