@@ -22,7 +22,7 @@ from ..data.audit import audit
 from ..data.split import Split, split
 from .ablation import _all, _one_thread, run_key
 from .claims import Verdict
-from .forward_study import (MARGINS, RULES, Plateless, _answers, _dealt, _save_run, _scored, _study, best_baseline, check_blind, differences,
+from .forward_study import (MARGINS, RULES, Plateless, _answers, _dealt, _save_run, _scored, _study, best_baseline, ceiling_means, ceilings, check_blind, differences,
                                                fitted_baselines, score_predictions, summary, top_genes_of)
 from ..metrics.uncertainty import Estimate
 from ..train.tune import Search, _checked, search, stop_by, trial_dir
@@ -273,14 +273,14 @@ def compared(
     place: Mapping,  # from `finals`, of searched and default
     table: ad.AnnData, s: Split,
     **options,  # n_boot, seed
-) -> dict:  # rows, means, leads (searched minus each), finals (name, seed, validation, test, n_blind), baseline (the best one), audit (sentences)
+) -> dict:  # rows, means, leads (searched minus each), finals (name, seed, validation, test, n_blind), tops (a perfect model), baseline (the best one), audit (sentences)
     "Searched settings against the default and the baselines, on the test rows."
     proved, rows = audit(s, table), _final_rows(place, table, s)
     means, leads = summary(rows, table.obs, **options), differences(rows, table.obs, model="searched", **options)
     ends = [pd.read_parquet(p / "facts.parquet").assign(name=n, seed=k) for (n, k), p in place.items()]
     test = rows[rows.protocol == "leak-free"].groupby(["model", "seed"])["pearson_delta@1"].mean()
     ends = pd.concat(ends, ignore_index=True).assign(test=lambda t: [test[n, k] for n, k in zip(t["name"], t.seed)])
-    return dict(rows=rows, means=means, leads=leads, finals=ends[["name", "seed", "validation", "test", "n_blind"]], audit=list(proved.lines),
+    return dict(rows=rows, means=means, leads=leads, finals=ends[["name", "seed", "validation", "test", "n_blind"]], audit=list(proved.lines), tops=ceiling_means(rows, ceilings(table), table.obs, **options),
                 baseline=best_baseline(means[~means.model.isin(["searched", "default"])]))
 
 def verdict(
