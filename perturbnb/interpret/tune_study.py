@@ -8,7 +8,7 @@ __all__ = ['default_space', 'read_space', 'n_settings', 'said_space', 'search_sp
            'verdict', 'steps_down']
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #cd899f34
-import inspect, math, warnings
+import inspect, math, shutil, warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +118,11 @@ def search_split(
 ) -> Split:
     "Test rows of a rule, and as many validation rows."
     if rule not in RULES: raise InputError(f"rule {rule!r}", f"one of {', '.join(RULES)}", nearest(rule, RULES))
-    if rule == "pair": return split("pair", table, seed, val=1 / folds)
+    from rdkit import rdBase
     after = seed - seed % folds + (seed + 1) % folds  # the next fold of the same deal
-    return split(rule, table, seed, test=_dealt(table.obs, rule, seed)[0], val=_dealt(table.obs, rule, after)[0])
+    with rdBase.BlockLogs():
+        if rule == "pair": return split("pair", table, seed, val=1 / folds)
+        return split(rule, table, seed, test=_dealt(table.obs, rule, seed)[0], val=_dealt(table.obs, rule, after)[0])
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #94284ba9
 def unplated(rows: ad.AnnData) -> ad.AnnData:
@@ -131,6 +133,10 @@ def training_seed(seed: int) -> int:
     "The seed with which all trials of a search train; a large number, so that it is none of 0, 1, 2, …"
     return int(rng(seed, "interpret.tune_study.training").integers(2**20, 2**31))
 
+def _tidy(folder: Path) -> None:
+    "Remove the checkpoints of a training that is over."
+    for p in [folder / "checkpoint.pt", *folder.glob("best-*.pt")]: p.unlink(missing_ok=True)
+
 def try_setting(
     trial,  # of Optuna
     table: ad.AnnData, controls: ad.AnnData, parts: Mapping,  # part -> mask
@@ -139,11 +145,15 @@ def try_setting(
     size: str = "demo", changes: "Mapping | None" = None,  # of the model, in all trials
 ) -> float:  # validation loss, 1 minus the mean Pearson of delta
     "Train one setting; its model is kept in the folder of the trial."
+    from optuna import TrialPruned
     from perturbnb.models.f_r import ForwardModel
+    from perturbnb.models.fit import Diverged
     out = trial_dir(folder, trial)
     model = ForwardModel(controls, size=size, **{**(changes or {}), **trial.params, "seed": seed})
-    model.fit_with(table[parts["train"]], unplated(table[parts["val"]]), dir=out, on_epoch=stop_by(trial), device="cpu")
+    try: model.fit_with(table[parts["train"]], unplated(table[parts["val"]]), dir=out, on_epoch=stop_by(trial), device="cpu")
+    except (TrialPruned, Diverged): _tidy(out); raise
     model.save(out / "model")
+    _tidy(out)
     return float(model.history.table.val_loss.min())
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #d67dee6c
@@ -173,6 +183,15 @@ def _trials(found: Search, space: Mapping) -> pd.DataFrame:
     return pd.concat([out, t[list(space)]], axis=1)
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #354920f4
+def default_inside(space: Mapping, size: str, changes: "Mapping | None") -> "dict | None":
+    "The default of each searched setting, or None if one lies outside the space."
+    from perturbnb.models.f_r import settings_of
+    from perturbnb.train.tune import _inside
+    own = settings_of(size, **(changes or {}))
+    try: return _inside({k: own[k] for k in space}, _checked(dict(space)))
+    except InputError: return None  # outside: the first trial is proposed like the others
+
+# %% ../../nbs/interpret/22_tune_study.ipynb #66f3415e
 def search_settings(
     table: ad.AnnData, controls: ad.AnnData,
     s: Split,  # from `search_split`
@@ -181,20 +200,22 @@ def search_settings(
     folder: "str | Path",  # where search.db and the trials are kept
     *,
     size: str = "demo", changes: "Mapping | None" = None,  # of the model, in all trials
-    pruner: "str | None" = "median", seed: int = 0, data_hash: str = "",
+    pruner: "str | None" = "median", warmup: int = 1,  # which trials are stopped, and the first epoch at which one may be
+    seed: int = 0, data_hash: str = "",
 ) -> Found:
     "Search settings on the validation rows; called again, it goes on."
     from perturbnb.models import f_r
     from rdkit import rdBase
     if n_trials > n_settings(space): raise InputError(f"{n_trials} trials of a space with {n_settings(space)} settings", "a space with at least as many", "widen the space, or take fewer trials")
-    asked = dict(split=s.hash, space={k: list(v) if isinstance(v, tuple) else {"choices": v} for k, v in space.items()}, size=size, changes=dict(changes or {}), pruner=pruner)
+    asked = dict(split=s.hash, space={k: list(v) if isinstance(v, tuple) else {"choices": v} for k, v in space.items()}, size=size, changes=dict(changes or {}), pruner=pruner, warmup=warmup)
+    first = default_inside(space, size, changes)
     name = run_key(try_setting, seed, asked, data_hash, inspect.getsource(f_r))
     place, parts = Path(folder) / f"trials-{name}", {p: s.mask(table, p) for p in ("train", "val")}
     place.mkdir(parents=True, exist_ok=True)
     run = lambda trial: try_setting(trial, table, controls, parts, place, training_seed(seed), size, changes)
     with _one_thread(), warnings.catch_warnings(), rdBase.BlockLogs():
         warnings.simplefilter("ignore")  # each trial would repeat which drug has no structure
-        found = search(run, dict(space), n_trials, Path(folder) / "search.db", name=name, pruner=pruner, seed=seed, progress=False)
+        found = search(run, dict(space), n_trials, Path(folder) / "search.db", name=name, pruner=pruner, warmup=warmup, seed=seed, first=first, progress=False)
     return Found(found, _trials(found, space), place, dict(space), s)
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #15afce11

@@ -24,6 +24,7 @@ def headline(against: dict) -> str:
     "The answer in a sentence."
     v = verdict(against)
     e, m = v.estimate, f"{v.margin:g}"
+    if e.value == e.low == e.high == 0: return "The search found nothing better than the default setting: that was its best trial."
     if v.answer == "yes": return "The search found something better than the default setting" + (f", though by less than the {m} that was said to matter." if e.high < v.margin else ".")
     if v.answer == "no": return "The search found nothing better than the default setting" + ("; its best setting is worse." if e.high < 0 else f": a gain of {m} is excluded.")
     return "Whether the search found something better than the default setting cannot be told" + (" without an interval." if np.isnan(e.low) else f": the interval holds both no gain and one of {m}.")
@@ -39,13 +40,15 @@ def answer(against: dict, rule: str) -> str:  # a list, Markdown
     return "\n".join(out)
 
 # %% ../../nbs/report/13_tune_words.ipynb #18c725a8
+def _gap(x: float) -> str: return f"{abs(x):.3f} {'less' if x > 0 else 'more'}"
+
 def optimism_sentence(scores: pd.DataFrame, ends: pd.DataFrame) -> str:
     "What the best validation score was worth."
     b, n = scores.validation.idxmax(), len(scores)
     again = ends[ends["name"] == "searched"]
     first = f"The best of {n} complete trials scored {scores.validation[b]:.3f} on the validation rows; the same network scores **{scores.test[b]:.3f}** on the test rows"
     if n < 2: return first + ". With one complete trial nothing was chosen."
-    return (f"{first}, a loss of {scores.validation[b] - scores.test[b]:+.3f}. The average trial loses {(scores.validation - scores.test).mean():+.3f} (other rows, another half of the control), so the **optimism** of the best is {optimism(scores):+.3f}. "
+    return (f"{first}, {_gap(scores.validation[b] - scores.test[b])}. The average trial scores {_gap((scores.validation - scores.test).mean())} there (other rows, another half of the control), so the **optimism** of the best is {optimism(scores):+.3f}. "
             f"Trained again with {len(again)} other seeds, its setting scores {again.validation.mean():.3f} on the validation and {again.test.mean():.3f} on the test rows.")
 
 def agreement_sentence(scores: pd.DataFrame) -> str:
@@ -57,19 +60,22 @@ def agreement_sentence(scores: pd.DataFrame) -> str:
 
 def step_table(down: pd.DataFrame) -> pd.DataFrame:
     "Validation and test score of the same networks."
-    return down.assign(difference=down.validation - down.test).rename(columns={"networks": "networks", "validation": "validation rows", "test": "test rows, leak-free", "difference": "validation minus test"})
+    say = lambda x, form=".3f": [f"{v:{form}}" for v in x]
+    return pd.DataFrame({"networks": down.networks, "n": down.n, "validation rows": say(down.validation), "test rows, leak-free": say(down.test), "validation minus test": say(down.validation - down.test, "+.3f")})
 
 # %% ../../nbs/report/13_tune_words.ipynb #508ee04b
 def _short(v):
-    "A setting for a table: four digits are enough."
-    return f"{v:.4g}" if isinstance(v, (float, np.floating)) else str(v)
+    "A setting for a table: three digits are enough."
+    return f"{v:.3g}" if isinstance(v, (float, np.floating)) else str(v)
 
 # %% ../../nbs/report/13_tune_words.ipynb #2c12009a
 def trial_table(trials: pd.DataFrame) -> pd.DataFrame:
     "The trials with their state, best score first, then by how far they came."
     t = trials.sort_values(["score", "pruned_at", "trial"], ascending=[False, False, True], na_position="last", kind="stable")
     settings = {c: t[c].map(_short) for c in t.columns[5:]}
-    return pd.DataFrame({"trial": t.trial, "state": t.state, "validation Pearson": t.score, "stopped after epoch": ["–" if pd.isna(k) else str(k) for k in t.pruned_at], "seconds": t.seconds.round(1), **settings}).reset_index(drop=True)
+    state = [s if pd.isna(k) else f"{s} at epoch {k}" for s, k in zip(t.state, t.pruned_at)]
+    score = ["–" if pd.isna(v) else f"{v:.3f}" for v in t.score]
+    return pd.DataFrame({"trial": t.trial, "state": state, "Pearson": score, "seconds": [f"{v:.1f}" for v in t.seconds], **settings}).reset_index(drop=True)
 
 def setting_table(space: dict, settings: dict, default: dict) -> pd.DataFrame:  # default: all settings by name
     "What was tried, what is the default, what was found."
@@ -125,7 +131,7 @@ def importance_figure(shares: pd.DataFrame):
 # %% ../../nbs/report/13_tune_words.ipynb #19727aaf
 def limits(found: "Found", against: dict, demo: bool) -> str:  # Markdown
     "What these numbers do not show."
-    n, seeds = (found.trials.state == "complete").sum(), against["finals"].seed.nunique()
+    n, seeds = int((found.trials.state == "complete").sum()), against["finals"].seed.nunique()
     out = ["one split: the interval is for other rows and other training seeds of this split, not for other splits or other searches",
            f"the search saw {len(found.trials)} trials ({n} complete); a longer one, or another space, may find more, and its best validation score will then be more optimistic",
            "the epoch whose weights are kept was chosen on the validation rows in all trainings, the default setting's as well",
