@@ -35,7 +35,7 @@ def default_space(
     from perturbnb.models.f_r import settings_of
     s = settings_of(size)
     return {"lr": ("log", s["lr"] / 5, s["lr"] * 5), "rank": [s["rank"] // 2, s["rank"], 2 * s["rank"]], "width": [s["width"] // 2, s["width"], 2 * s["width"]],
-            "drug_dropout": (0.0, 0.6), "weight_decay": ("log", 1e-4, 1.0), "lambda_rank": (0.0, 1.0)}
+            "drug_dropout": (0.0, 0.6), "weight_decay": ("log", 1e-4, 1.0), "lambda_rank": [0.0, 0.03, 0.3]}
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #d75b7daf
 def _value(text: str):

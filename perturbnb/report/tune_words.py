@@ -35,6 +35,7 @@ def answer(against: dict, rule: str) -> str:  # a list, Markdown
     for rival, said in (("default", "the default setting"), (against["baseline"], f"the best baseline, {_said(against['baseline'])}")):
         v = verdict(against, rival)
         e = v.estimate
+        if e.value == e.low == e.high == 0: out.append(f"- the same as {said}: it was the best trial"); continue
         word = "compared without an interval with" if np.isnan(e.low) else "**better** than" if e.low > 0 else "**worse** than" if e.high < 0 else "**not told from**"
         out.append(f"- {word} {said}: Pearson {m['searched']:.3f} against {m[rival]:.3f}, difference {plot.interval(e.value, e.low, e.high, '+.3f')}, n = {e.n} rows of {said_rule(rule)} ({RULE_WORDS[rule]})")
     return "\n".join(out)
@@ -72,10 +73,10 @@ def _short(v):
 def trial_table(trials: pd.DataFrame) -> pd.DataFrame:
     "The trials with their state, best score first, then by how far they came."
     t = trials.sort_values(["score", "pruned_at", "trial"], ascending=[False, False, True], na_position="last", kind="stable")
-    settings = {c: t[c].map(_short) for c in t.columns[5:]}
+    settings = [", ".join(f"{c} {_short(v)}" for c, v in zip(t.columns[5:], row)) for row in t[t.columns[5:]].itertuples(index=False)]
     state = [s if pd.isna(k) else f"{s} at epoch {k}" for s, k in zip(t.state, t.pruned_at)]
     score = ["–" if pd.isna(v) else f"{v:.3f}" for v in t.score]
-    return pd.DataFrame({"trial": t.trial, "state": state, "Pearson": score, "seconds": [f"{v:.1f}" for v in t.seconds], **settings}).reset_index(drop=True)
+    return pd.DataFrame({"trial": t.trial, "state": state, "Pearson": score, "seconds": [f"{v:.1f}" for v in t.seconds], "settings": settings}).reset_index(drop=True)
 
 def setting_table(space: dict, settings: dict, default: dict) -> pd.DataFrame:  # default: all settings by name
     "What was tried, what is the default, what was found."
