@@ -1259,6 +1259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'perturbnb/interpret/tune_study.py'),
                                                 'perturbnb.interpret.tune_study._value': ( 'interpret/tune_study.html#_value',
                                                                                            'perturbnb/interpret/tune_study.py'),
+                                                'perturbnb.interpret.tune_study._within': ( 'interpret/tune_study.html#_within',
+                                                                                            'perturbnb/interpret/tune_study.py'),
                                                 'perturbnb.interpret.tune_study.agreement': ( 'interpret/tune_study.html#agreement',
                                                                                               'perturbnb/interpret/tune_study.py'),
                                                 'perturbnb.interpret.tune_study.compared': ( 'interpret/tune_study.html#compared',

@@ -107,7 +107,7 @@ def test_parts_share_nothing(screen, rule, seed):
     assert all(len(o) for o in names.values())
 
 
-@pytest.mark.parametrize("text, said", [("lr = 0.1 to 0.01", "write the lower end first"), ("lr = log 0 to 1", "starts above 0"), ("speed = 1", "setting 'speed'"), ("width = 17", "the heads divide"),
+@pytest.mark.parametrize("text, said", [("lr = 0.1 to 0.01", "the lower end first"), ("lr = log 0 to 1", "above 0 in a log range"), ("speed = 1", "setting 'speed'"), ("width = 17", "the heads divide"),
                                         ("drug_dropout = 0 to 3", "below 1"), ("seed = 1 | 2", "luck"), ("rank", "name = low to high"), ("rank = 0 | 8", "rank=0"), ("loss = l1", "mse, huber"), ("lr = nan", "lr = nan"),
                                         ("weight_decay = -1 to 1", "0 or more"), ("rank = 8 to eight", "low to high"), ("lr = 0.1; lr = 0.2", "twice"), ("epochs = 1 to 9", "epoch by epoch")])
 def test_a_space_without_sense_is_refused_in_one_line(text, said):
@@ -127,15 +127,17 @@ def test_more_trials_than_settings_is_refused(screen, tmp_path):
 
 
 def against(value, low, high, by_baseline=(.1, .05, .15)):
-    leads = pd.DataFrame([dict(id="pearson_delta@1", protocol="leak-free", baseline=b, value=v, low=l, high=h, n=50, note="") for b, (v, l, h) in (("default", (value, low, high)), ("additive", by_baseline))])
+    leads = pd.DataFrame([dict(id="pearson_delta@1", protocol="leak-free", baseline=b, value=v, low=l, high=h, n=50, n_seeds=5, note="") for b, (v, l, h) in (("default", (value, low, high)), ("additive", by_baseline))])
     means = pd.DataFrame([dict(id="pearson_delta@1", protocol="leak-free", model=m, value=v) for m, v in (("searched", .5), ("default", .5 - value), ("additive", .4))])
     return dict(leads=leads, means=means, baseline="additive")
 
 
 @pytest.mark.parametrize("ends, said", [((.05, .03, .07), "found something better than the default setting."), ((.01, .005, .015), "though by less than the 0.02"), ((.0, -.01, .01), "a gain of 0.02 is excluded"),
-                                        ((-.05, -.07, -.03), "its best setting is worse"), ((.02, -.01, .05), "cannot be told: the interval holds both"), ((.05, np.nan, np.nan), "cannot be told without an interval"), ((0., 0., 0.), "that was its best trial")])
+                                        ((-.05, -.07, -.03), "its best setting is worse"), ((.02, -.01, .05), "cannot be told: the interval holds both"), ((.05, np.nan, np.nan), "cannot be told: there is no interval"), ((0., 0., 0.), "that was its best trial")])
 def test_the_headline_says_what_the_interval_allows(ends, said):
     assert said in words.headline(against(*ends))
+    few = against(*ends)
+    assert ends[0] == ends[1] or "cannot be told: there is no interval" in words.headline(dict(few, leads=few["leads"].assign(n_seeds=2)))
     line = words.answer(against(*ends), "pair").splitlines()[0]
     assert ("**better**" in line) == (ends[1] > 0) and ("**worse**" in line) == (ends[2] < 0)
 

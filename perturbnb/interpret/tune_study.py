@@ -20,7 +20,7 @@ import pandas as pd
 from ..core import InputError, nearest, rng
 from ..data.audit import audit
 from ..data.split import Split, split
-from .ablation import _all, _one_thread, run_key
+from .ablation import MIN_SEEDS, _all, _one_thread, run_key
 from .claims import Verdict
 from .forward_study import (MARGINS, RULES, Plateless, _answers, _dealt, _save_run, _scored, _study, best_baseline, ceiling_means, ceilings, check_blind, differences,
                                                fitted_baselines, score_predictions, summary, top_genes_of)
@@ -53,6 +53,8 @@ def _part(name: str, text: str, default):
     ends = tuple(map(_value, body.split(" to ")))
     if len(ends) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in ends):
         raise InputError(f"{name} = {text}", "low to high, log low to high, or values with | between", f"for example {name} = 1 to 2")
+    if ends[0] > ends[1] or log and ends[0] <= 0:
+        raise InputError(f"{name} = {text}", "the lower end first, and above 0 in a log range", f"for example {name} = {'log ' * log}0.1 to 0.5")
     return ("log", *map(float, ends)) if log else tuple(map(float, ends)) if isinstance(default, float) else ends
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #d605a475
@@ -61,6 +63,10 @@ _INSIDE = {"lr": (0, 10, "above 0 and at most 10", False), "dropout": (0, 1, "0 
 _FIXED = {"seed": "a seed chosen by its score is luck", "epochs": "trials are compared epoch by epoch; it is a parameter of its own"}
 
 _WORDS = {"drug": ("morgan", "descriptors", "learned", "zeros"), "cell": ("pca", "learned", "zeros")}  # those that need no file
+
+def _within(v, low: float, high: float, said: str, closed: bool) -> bool:
+    "Whether a number lies between: the lower end included (closed), or the upper one."
+    return isinstance(v, (int, float)) and (low <= v < high if closed else low < v <= high)
 
 def _tried(s) -> list:
     "Values of a setting that show whether all are allowed."
@@ -74,9 +80,9 @@ def _allowed(size: str, space: dict) -> None:
     pair = {"width", "heads"} <= set(space)
     for name, s in space.items():
         for v in _tried(s):
-            low, high, said, closed = _INSIDE.get(name, (-math.inf, math.inf, "", True))
-            if name in _INSIDE and not (isinstance(v, (int, float)) and (low <= v if closed else low < v) and (v < high if closed else v <= high)): raise InputError(f"{name} = {v!r}", said, "narrow the space")
-            if name in _WORDS and v not in _WORDS[name]: raise InputError(f"{name} = {v!r}", f"one of {', '.join(_WORDS[name])}", nearest(str(v), _WORDS[name]))
+            if name in _INSIDE and not _within(v, *_INSIDE[name]): raise InputError(f"{name} = {v!r}", _INSIDE[name][2], "narrow the space")
+            if name in _WORDS and v not in _WORDS[name]:
+                raise InputError(f"{name} = {v!r}", f"one of {', '.join(_WORDS[name])}", nearest(str(v), _WORDS[name]))
             if not (pair and name in ("width", "heads")): settings_of(size, **{name: v})
     for w, h in [(w, h) for w in _tried(space["width"]) for h in _tried(space["heads"])] if pair else (): settings_of(size, width=w, heads=h)
 
@@ -102,7 +108,10 @@ def read_space(
 
 def n_settings(space: Mapping) -> float:  # infinite if a number between two others is tried
     "How many different settings a space holds."
-    count = lambda s: len(set(map(repr, s))) if isinstance(s, list) else s[1] - s[0] + 1 if len(s) == 2 and all(isinstance(v, int) for v in s) else 1 if s[-1] == s[-2] else math.inf
+    def count(s):
+        if isinstance(s, list): return len(set(map(repr, s)))
+        if all(isinstance(v, int) for v in s): return s[1] - s[0] + 1
+        return 1 if s[-1] == s[-2] else math.inf
     return math.prod(map(count, space.values()))
 
 def said_space(s) -> str:
@@ -161,7 +170,7 @@ def try_setting(
 class Found:
     "A finished search."
     search: Search  # of train.tune; its values are validation losses
-    trials: pd.DataFrame  # trial, state, score (validation Pearson; None unless complete), seconds, pruned_at (epoch), and the settings
+    trials: pd.DataFrame  # trial, state, score (validation Pearson, if complete), seconds, pruned_at (epoch), best_epoch, and the settings
     folder: Path  # of the trials and their models
     space: dict
     split: Split
@@ -177,9 +186,12 @@ class Found:
 # %% ../../nbs/interpret/22_tune_study.ipynb #fd1bebde
 def _trials(found: Search, space: Mapping) -> pd.DataFrame:
     "The trials with their seconds, and the epoch at which one was stopped."
-    seconds = {t.user_attrs["trial"]: t.duration.total_seconds() for t in found.study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")}
+    done = {t.user_attrs["trial"]: t for t in found.study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED")}
+    first_best = lambda losses: min(losses, key=lambda epoch: (losses[epoch], epoch)) if losses else None
     t = found.table
-    out = t[["trial", "state"]].assign(score=1 - t.value.astype(float), seconds=t.trial.map(seconds), pruned_at=t.steps.where(t.state == "pruned").astype("Int64"))
+    out = t[["trial", "state"]].assign(score=1 - t.value.astype(float), seconds=[done[k].duration.total_seconds() for k in t.trial],
+                                       pruned_at=t.steps.where(t.state == "pruned").astype("Int64"))
+    out["best_epoch"] = pd.array([first_best(done[k].intermediate_values) for k in t.trial], "Int64")
     return pd.concat([out, t[list(space)]], axis=1)
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #354920f4
@@ -207,7 +219,7 @@ def search_settings(
     from perturbnb.models import f_r
     from rdkit import rdBase
     if n_trials > n_settings(space): raise InputError(f"{n_trials} trials of a space with {n_settings(space)} settings", "a space with at least as many", "widen the space, or take fewer trials")
-    asked = dict(split=s.hash, space={k: list(v) if isinstance(v, tuple) else {"choices": v} for k, v in space.items()}, size=size, changes=dict(changes or {}), pruner=pruner, warmup=warmup)
+    asked = dict(split=s.hash, space=_checked(dict(space)), size=size, changes=dict(changes or {}), pruner=pruner, warmup=warmup)
     first = default_inside(space, size, changes)
     name = run_key(try_setting, seed, asked, data_hash, inspect.getsource(f_r))
     place, parts = Path(folder) / f"trials-{name}", {p: s.mask(table, p) for p in ("train", "val")}
@@ -312,7 +324,8 @@ def verdict(
     "Whether the searched setting is better, on the test rows, leak-free."
     t = against["leads"]
     r = t[(t["id"] == metric) & (t.protocol == "leak-free") & (t.baseline == rival)].iloc[0]
-    return Verdict(f"the search found something better than {rival}", Estimate(r.value, r.low, r.high, r.n, r.n, note=r.note), MARGINS[metric], "gain in Pearson of delta")
+    low, high = (r.low, r.high) if r.n_seeds >= MIN_SEEDS else (np.nan, np.nan)
+    return Verdict(f"the search found something better than {rival}", Estimate(r.value, low, high, r.n, r.n, note=r.note), MARGINS[metric], "gain in Pearson of delta")
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #f224e1fd
 def steps_down(
@@ -321,5 +334,6 @@ def steps_down(
 ) -> pd.DataFrame:  # networks, n, validation, test: mean Pearson
     "Validation and test score of the same networks, side by side."
     best, mean = scores.loc[[scores.validation.idxmax()]], ends.groupby("name")[["validation", "test"]].mean()
-    rows = [("the best trial, as the search saw it", best), (f"all {len(scores)} complete trials, mean", scores), *((f"{said}, trained again", ends[ends["name"] == n]) for n, said in (("searched", "the best setting"), ("default", "the default setting")))]
+    again = [(f"the {said} setting, trained again", ends[ends["name"] == n]) for n, said in (("searched", "best"), ("default", "default"))]
+    rows = [("the best trial, as the search saw it", best), (f"all {len(scores)} complete trials, mean", scores), *again]
     return pd.DataFrame([dict(networks=said, n=len(t), validation=t.validation.mean(), test=t.test.mean()) for said, t in rows])

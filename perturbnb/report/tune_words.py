@@ -27,17 +27,19 @@ def headline(against: dict) -> str:
     if e.value == e.low == e.high == 0: return "The search found nothing better than the default setting: that was its best trial."
     if v.answer == "yes": return "The search found something better than the default setting" + (f", though by less than the {m} that was said to matter." if e.high < v.margin else ".")
     if v.answer == "no": return "The search found nothing better than the default setting" + ("; its best setting is worse." if e.high < 0 else f": a gain of {m} is excluded.")
-    return "Whether the search found something better than the default setting cannot be told" + (" without an interval." if np.isnan(e.low) else f": the interval holds both no gain and one of {m}.")
+    return "Whether the search found something better than the default setting cannot be told" + (": there is no interval." if np.isnan(e.low) else f": the interval holds both no gain and one of {m}.")
 
 def answer(against: dict, rule: str) -> str:  # a list, Markdown
     "The searched setting against the default and the best baseline."
     out, m = [], _pick(against["means"], id="pearson_delta@1", protocol="leak-free").set_index("model").value
-    for rival, said in (("default", "the default setting"), (against["baseline"], f"the best baseline, {_said(against['baseline'])}")):
+    best = against["baseline"]
+    for rival, said in (("default", "the default setting"), (best, f"the best baseline, {_said(best)}")):
         v = verdict(against, rival)
         e = v.estimate
         if e.value == e.low == e.high == 0: out.append(f"- the same as {said}: it was the best trial"); continue
         word = "compared without an interval with" if np.isnan(e.low) else "**better** than" if e.low > 0 else "**worse** than" if e.high < 0 else "**not told from**"
-        out.append(f"- {word} {said}: Pearson {m['searched']:.3f} against {m[rival]:.3f}, difference {plot.interval(e.value, e.low, e.high, '+.3f')}, n = {e.n} rows of {said_rule(rule)} ({RULE_WORDS[rule]})")
+        gap = plot.interval(e.value, e.low, e.high, "+.3f")
+        out.append(f"- {word} {said}: Pearson {m['searched']:.3f} against {m[rival]:.3f}, difference {gap}, n = {e.n} rows of {said_rule(rule)} ({RULE_WORDS[rule]})")
     return "\n".join(out)
 
 # %% ../../nbs/report/13_tune_words.ipynb #18c725a8
@@ -47,7 +49,7 @@ def optimism_sentence(scores: pd.DataFrame, ends: pd.DataFrame) -> str:
     "What the best validation score was worth."
     b, n = scores.validation.idxmax(), len(scores)
     again = ends[ends["name"] == "searched"]
-    first = f"The best of {n} complete trials scored {scores.validation[b]:.3f} on the validation rows; the same network scores **{scores.test[b]:.3f}** on the test rows"
+    first = f"The best of {n} complete trial{'s' * (n > 1)} scored {scores.validation[b]:.3f} on the validation rows; the same network scores **{scores.test[b]:.3f}** on the test rows"
     if n < 2: return first + ". With one complete trial nothing was chosen."
     return (f"{first}, {_gap(scores.validation[b] - scores.test[b])}. The average trial scores {_gap((scores.validation - scores.test).mean())} there (other rows, another half of the control), so the **optimism** of the best is {optimism(scores):+.3f}. "
             f"Trained again with {len(again)} other seeds, its setting scores {again.validation.mean():.3f} on the validation and {again.test.mean():.3f} on the test rows.")
@@ -73,10 +75,10 @@ def _short(v):
 def trial_table(trials: pd.DataFrame) -> pd.DataFrame:
     "The trials with their state, best score first, then by how far they came."
     t = trials.sort_values(["score", "pruned_at", "trial"], ascending=[False, False, True], na_position="last", kind="stable")
-    settings = [", ".join(f"{c} {_short(v)}" for c, v in zip(t.columns[5:], row)) for row in t[t.columns[5:]].itertuples(index=False)]
+    settings = [", ".join(f"{c} {_short(v)}" for c, v in zip(t.columns[6:], row)) for row in t[t.columns[6:]].itertuples(index=False)]
     state = [s if pd.isna(k) else f"{s} at epoch {k}" for s, k in zip(t.state, t.pruned_at)]
     score = ["–" if pd.isna(v) else f"{v:.3f}" for v in t.score]
-    return pd.DataFrame({"trial": t.trial, "state": state, "Pearson": score, "seconds": [f"{v:.1f}" for v in t.seconds], "settings": settings}).reset_index(drop=True)
+    return pd.DataFrame({"trial": t.trial, "state": state, "Pearson": score, "best epoch": t.best_epoch, "seconds": [f"{v:.1f}" for v in t.seconds], "settings": settings}).reset_index(drop=True)
 
 def setting_table(space: dict, settings: dict, default: dict) -> pd.DataFrame:  # default: all settings by name
     "What was tried, what is the default, what was found."
