@@ -136,7 +136,7 @@ def limits(found: "Found", against: dict, demo: bool) -> str:  # Markdown
     "What these numbers do not show."
     n, seeds = int((found.trials.state == "complete").sum()), against["finals"].seed.nunique()
     out = ["one split: the interval is for other rows and other training seeds of this split, not for other splits or other searches",
-           f"the search saw {len(found.trials)} trials ({n} complete); a longer one, or another space, may find more, and its best validation score will then be more optimistic",
+           f"the search saw {len(found.trials)} trials ({n} complete); a longer one, or another space, may find more, and its best validation score will be more optimistic on average",
            "the epoch whose weights are kept was chosen on the validation rows in all trainings, the default setting's as well",
            "the best baseline was chosen on the test rows, which favours it",
            "about three fifths of the rows were trained on; with more of them another setting may be best"]
