@@ -45,6 +45,13 @@ def _checked(space: dict) -> dict:
         else: raise InputError(f"{name}: {s!r}", "(low, high), ('log', low, high) or a list of choices", "write the lower end first; a log range starts above 0")
     return out
 
+def _inside(first: "dict | None", space: dict) -> "dict | None":
+    "The settings of the first trial, each of them in the space."
+    for k, s in space.items() if first is not None else ():
+        if k not in first or not (first[k] in s["choices"] if "choices" in s else _is_number(first[k]) and s["low"] <= first[k] <= s["high"]): raise InputError(f"first trial with {k} = {first.get(k)!r}", "a value of each setting, inside the space", "widen the space")
+    if first is not None and (more := sorted(set(first) - set(space))): raise InputError(f"first trial with {more[0]}", "settings of the space alone", "leave it out")
+    return first
+
 def _suggest(trial, name: str, s: dict):
     if "choices" in s: return trial.suggest_categorical(name, s["choices"])
     return trial.suggest_int(name, s["low"], s["high"]) if s["whole"] else trial.suggest_float(name, s["low"], s["high"], log=s["log"])
@@ -103,10 +110,12 @@ def _done(optuna, study) -> list:
     return sorted(study.get_trials(deepcopy=False, states=states), key=lambda t: t.number)
 
 # %% ../../nbs/train/00_tune.ipynb #90379b58
-def _one(optuna, study, objective, space: dict, k: int, seed: int) -> None:
+def _one(optuna, study, objective, space: dict, k: int, seed: int, first: "dict | None" = None) -> None:
     "Propose trial k, run it, and put down how it ended."
     study.sampler = optuna.samplers.TPESampler(seed=int(rng(seed, "train.tune", str(k)).integers(2**31)))
-    trial, state = study.ask(), optuna.trial.TrialState
+    state = optuna.trial.TrialState
+    if first and k == 0 and not study.get_trials(deepcopy=False, states=(state.WAITING,)): study.enqueue_trial(first)
+    trial = study.ask()
     trial.set_user_attr("trial", k)
     for name, s in space.items(): _suggest(trial, name, s)
     try: value = objective(trial)
@@ -139,20 +148,21 @@ def search(
     pruner: "str | None" = "median",  # median, hyperband or None: which trials are stopped on the way
     warmup: int = 1,  # steps (epochs) before a trial may be stopped
     seed: int = 0,  # of the proposals
+    first: "dict | None" = None,  # settings of trial 0, such as the defaults; None: it is proposed like the others
     progress: bool = True,  # a bar with time left, once it has taken two seconds
 ) -> Search:
     "Try settings until `n_trials` are finished."
     from tqdm import tqdm
     if isinstance(n_trials, bool) or not isinstance(n_trials, (int, np.integer)) or n_trials < 1: raise InputError(f"n_trials={n_trials!r}", "one trial or more", "choose a number")
-    space, path = _checked(space), None if storage is None else Path(storage).resolve()
+    space, first, path = _checked(space), _inside(first, _checked(space)), None if storage is None else Path(storage).resolve()
     with ExitStack() as stack:
         optuna = stack.enter_context(_quiet())
         if path is not None: path.parent.mkdir(parents=True, exist_ok=True); stack.enter_context(_locked(path))
-        study = _study(optuna, path, name, {"space": space, "seed": int(seed), "mode": mode, "pruner": pruner, "warmup": warmup}, pruner, warmup)
+        study = _study(optuna, path, name, {"space": space, "seed": int(seed), "mode": mode, "pruner": pruner, "warmup": warmup, "first": first}, pruner, warmup)
         for t in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)): study.tell(t.number, state=optuna.trial.TrialState.FAIL)  # cut: begun again
         begun = len(_done(optuna, study))
         with tqdm(total=n_trials, initial=min(begun, n_trials), unit="trial", delay=2, disable=not progress) as bar:
-            for k in range(begun, n_trials): _one(optuna, study, objective, space, k, int(seed)); bar.update()
+            for k in range(begun, n_trials): _one(optuna, study, objective, space, k, int(seed), first); bar.update()
         return Search(_table(optuna, study, space), mode, study)
 
 # %% ../../nbs/train/00_tune.ipynb #5de54027
