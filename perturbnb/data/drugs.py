@@ -60,8 +60,8 @@ def _tools() -> tuple:
 def _pieces(smiles: str) -> list:
     "The neutral molecules of a SMILES."
     from rdkit import Chem, rdBase
-    free, normal, neutral = _tools()
     with rdBase.BlockLogs():
+        free, normal, neutral = _tools()  # they log when they are made
         whole = normal.normalize(free.Disconnect(_molecule(smiles)))
         return [Chem.RemoveHs(neutral.uncharge(piece)) for piece in Chem.GetMolFrags(whole, asMols=True)]
 
