@@ -299,7 +299,7 @@ def median_ranks(
     for (task, model), part in t.groupby(["task", "model"], sort=False):
         v = part.groupby("name")["first_rank@1"].mean().dropna()
         g, alone = _crossed_groups(obs, v.index)
-        est = bootstrap(lambda x: float(np.median(x)), v.to_numpy(), g[min(g, key=lambda c: g[c].nunique())].to_numpy(), method="percentile", n_boot=n_boot, seed=seed)
+        est = bootstrap(lambda x: float(np.median(x)), v, g, method="percentile", n_boot=n_boot, seed=seed)
         out.append(dict(task=task, model=model, value=est.value, low=est.low, high=est.high, n=est.n, note="; ".join(filter(None, [est.note, alone]))))
     return pd.DataFrame(out)
 
@@ -315,7 +315,7 @@ def way_gone(
     for ref in [r for r in ("repeat", "perfect") if r in w]:
         v = w[["f_p", "chance", ref]].dropna()
         g, alone = _crossed_groups(obs, v.index)
-        est = ratio_interval(v["f_p"] - v["chance"], v[ref] - v["chance"], g[min(g, key=lambda c: g[c].nunique())], **options)
+        est = max((ratio_interval(v["f_p"] - v["chance"], v[ref] - v["chance"], g[c], **options) for c in g), key=lambda e: np.nan_to_num(e.high - e.low, nan=np.inf))
         out.append(dict(task=task, id=metric, reference=ref, score=v["f_p"].mean(), chance=v["chance"].mean(), top=v[ref].mean(), share=est.value, low=est.low, high=est.high, n=est.n, note="; ".join(filter(None, [est.note, alone]))))
     return pd.DataFrame(out)
 
