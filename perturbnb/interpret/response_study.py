@@ -254,14 +254,15 @@ def response_tasks(
     published: bool = True,  # the published network beside ours, with the first seed
     two_tower: "Sequence[str]" = (),  # rules in which the two towers are trained as well
     keep: int = 300,  # test rows of the first run whose ranked answers are kept
+    n_queries: int = 2000,  # of each run, at most
 ) -> dict:  # (rule, seed) -> (seed, options of one_run)
     "Every run of a study."
-    more, out = dict(size=size, changes=dict(changes or {})), {}
+    more, out = dict(size=size, changes=dict(changes or {}), n_queries=n_queries), {}
     for r, s in ((r, s) for s in seeds for r in rules):
         first = dict(keep=keep, save_model=True) if (r, s) == (rules[0], seeds[0]) else {}
         out[r, s] = s, dict(rule=r, two_tower=r in two_tower, **first, **more)
     epochs = {k: v for k, v in (changes or {}).items() if k == "epochs"}
-    return out | {(f"published {r}", seeds[0]): (seeds[0], dict(rule=r, published=True, size=size, changes=epochs)) for r in rules if published and r in PUBLISHED_RULES}
+    return out | {(f"published {r}", seeds[0]): (seeds[0], dict(rule=r, published=True, **{**more, "changes": epochs})) for r in rules if published and r in PUBLISHED_RULES}
 
 def response_runs(tasks: Mapping, folder: "str | Path", data_hash: str, **options) -> dict:  # key -> folder of the run
     "Every run that is not there yet."
