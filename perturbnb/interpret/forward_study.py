@@ -553,7 +553,7 @@ def by_stratum(
         t = w.loc[names]
         est = mean_interval(t[model] - t[baseline], obs.loc[names, other].astype(str), **{"n_boot": 500, **options})
         out.append(dict(stratum=k, n=len(t), **{model: t[model].mean()}, baseline=t[baseline].mean(), difference=est.value, low=est.low, high=est.high, note=est.note))
-    return pd.DataFrame(out).sort_values(["n", "stratum"], ascending=[False, True], ignore_index=True)
+    return _cut(pd.DataFrame(out).assign(id=metric), True).drop(columns="id").sort_values(["n", "stratum"], ascending=[False, True], ignore_index=True)
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #d9273621
 def inverse_summary(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RULE_WORDS', 'COLUMN', 'PUBLISHED_AS', 'QUESTIONS', 'deciding', 'headline', 'answer_table', 'answer_note',
-           'table_note', 'first_line', 'hits_sentence', 'way_sentence', 'sharing_sentence', 'blind_sentence',
-           'facts_of', 'model_table', 'lead_table', 'metric_name', 'metric_rows', 'right_table', 'protocol_table',
-           'published_table', 'way_table', 'stratum_table', 'strata_of', 'forest_rows', 'forest_figure',
-           'curves_figure', 'example_rows', 'examples_figure', 'split_note', 'limits', 'pathway_note', 'record']
+           'rules_note', 'table_note', 'first_line', 'hits_sentence', 'way_sentence', 'sharing_sentence',
+           'blind_sentence', 'facts_of', 'model_table', 'lead_table', 'metric_name', 'metric_rows', 'right_table',
+           'protocol_table', 'published_table', 'way_table', 'stratum_table', 'strata_of', 'forest_rows',
+           'forest_figure', 'curves_figure', 'example_rows', 'examples_figure', 'split_note', 'limits', 'pathway_note',
+           'record']
 
 # %% ../../nbs/report/12_f_p_words.ipynb #e4ec59e7
 import numpy as np
@@ -20,8 +21,8 @@ from .f_r_words import _ends, _pick, demo_mark, flat
 
 # %% ../../nbs/report/12_f_p_words.ipynb #3432b5e2
 RULE_WORDS = {"pair": "closed set", "unseen_drug": "unseen drug", "unseen_scaffold": "unseen scaffold", "unseen_cell_line": "unseen line"}
-_LONG = {"pair": "in the closed set (every drug was measured in other lines, as published)", "unseen_drug": "for a drug never measured", "unseen_scaffold": "for a drug of a scaffold never measured",
-         "unseen_cell_line": "in a line never measured"}
+_LONG = {"pair": "pairs of drug and line are held out, and each drug was measured in other lines, as published: recognition", "unseen_drug": "drugs that were never measured, nor any drug of their structure", "unseen_scaffold": "drugs whose scaffold was never measured",
+         "unseen_cell_line": "lines that were never measured"}
 _NAMES = {"f_p": "response encoder", "perfect": "best possible reader, truth known", "repeat": "look-up of the same treatment, measured twice", "two_tower": "two towers"}
 COLUMN = {"cell_line": "line", "pert": "drug", "moa": "mechanism"}
 PUBLISHED_AS = "with few steps and a higher learning rate, so it shows the gap between protocols, not what 140,000 steps would reach"
@@ -52,39 +53,57 @@ def deciding(found: dict) -> pd.DataFrame:  # a row for each rule and question
 # %% ../../nbs/report/12_f_p_words.ipynb #5ef853bd
 def _listed(words: list) -> str: return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
-def headline(found: dict) -> str:  # a sentence for each question
-    "The answer in two sentences."
-    out = []
-    for question, what in (("drug", "the drug"), ("targets", "its target genes")):
-        d = _pick(deciding(found), question=question)
-        of = lambda c, v: [RULE_WORDS[r] for r in d.rule[d[c] == v]]
-        known, lost = of("over_verdict", "better"), [r for v in ("cannot tell", "worse", "no interval") for r in of("over_verdict", v)]
-        first = f"The response encoder finds {what} " + (f"better than chance ({_listed(known)})" if known else "no better than chance") + (f", which cannot be said for {_listed(lost)}" if known and lost else "")
-        parts = [say + f" ({_listed(of('gain_verdict', v))})" for v, say in (("better", "is better than the best simple baseline"), ("cannot tell", "cannot be told from the best simple baseline"),
-                                                                              ("worse", "is worse than the best simple baseline"), ("no interval", "has no interval against the best simple baseline")) if of("gain_verdict", v)]
-        out.append(f"{first}; it {' and '.join(parts)}.")
-    return " ".join(out)
+def _in(d: pd.DataFrame, column: str, verdict: str) -> str:
+    "The splits with a verdict: every split, or their names; empty for none."
+    rules = [RULE_WORDS[r] for r in d.rule[d[column] == verdict]]
+    return "" if not rules else "in every split" if len(rules) == len(d) > 1 else f"for {_listed(rules)}"
+
+def _against(d: pd.DataFrame) -> str:
+    "The encoder and the best baseline."
+    won, same, lost, none = (_in(d, "gain_verdict", v) for v in ("better", "cannot tell", "worse", "no interval"))
+    first = f"beats the best simple baseline {won}" if won else "beats the best simple baseline nowhere"
+    more = [f"the two cannot be told apart {same}" if same else "", f"it is worse {lost}" if lost else "", f"there is no interval {none}" if none else ""]
+    return "; ".join([first, *filter(None, more)])
+
+def _over_chance(d: pd.DataFrame) -> str:
+    "The encoder and chance."
+    won, below, rest = (_in(d, "over_verdict", v) for v in ("better", "worse", "cannot tell"))
+    parts = [f"is above chance {won}" if won else "is nowhere shown to be above chance", f"this is not shown {rest}" if won and rest else "", f"it is below chance {below}" if below else ""]
+    return "; ".join(filter(None, parts))
+
+def headline(found: dict) -> str:  # Markdown, a paragraph for each question
+    "The answer."
+    d = deciding(found)
+    return "\n\n".join(f"**{q}** The response encoder {_against(t)}. It {_over_chance(t)}." for k, q in QUESTIONS.items() for t in [_pick(d, question=k)])
 
 # %% ../../nbs/report/12_f_p_words.ipynb #f542c1e5
+def _narrow(*a) -> str: return plot.interval(*a).replace("\xa0(", " (")  # may break before the bracket
+
 def answer_table(found: dict, question: str) -> pd.DataFrame:
-    "One question, all rules side by side."
-    d, cell = _pick(deciding(found), question=question), lambda v, low, high, form: plot.interval(v, low, high, form)
-    cols = {"": ["response encoder", "best baseline", "chance", "best possible reader", "encoder − best baseline", "encoder − chance", "better than the baseline?", "queries"]}
-    for r in d.itertuples():
-        top = f"{r.top:.2f}" if r.top == r.top else "–"
-        cols[RULE_WORDS[r.rule]] = [cell(r.f_p, r.low, r.high, ".2f"), f"{r.best:.2f}, {_said(r.baseline)}", f"{r.chance:.2f}", top, cell(r.gain, r.gain_low, r.gain_high, "+.2f"), cell(r.over, r.over_low, r.over_high, "+.2f"), r.gain_verdict, plot.count(r.n)]
-    t = pd.DataFrame(cols)
-    return t if d.top.notna().any() else t.drop(index=3).reset_index(drop=True)
+    "One question, all rules."
+    short = {"better": "better than the baseline", "worse": "worse than the baseline", "cannot tell": "not told from the baseline", "no interval": "no interval"}
+    over = {"better": "above chance", "cannot tell": "not told from chance", "worse": "below chance", "no interval": "no interval for chance"}
+    out = [{"held out": RULE_WORDS[r.rule], "encoder": _narrow(r.f_p, r.low, r.high, ".2f"), "best baseline": f"{_said(r.baseline)} {r.best:.2f}", "chance": f"{r.chance:.2f}", **({"best possible": f"{r.top:.2f}"} if r.top == r.top else {}),
+            "encoder − baseline": _narrow(r.gain, r.gain_low, r.gain_high, "+.2f"), "in words": f"{short[r.gain_verdict]}; {over[r.over_verdict]}"} for r in _pick(deciding(found), question=question).itertuples()]
+    return pd.DataFrame(out)
 
 def answer_note(found: dict, question: str, facts: dict) -> str:
     "What the numbers of the table are."
     new = found["facts"].groupby("rule").n_new.mean()
     few = [f"{RULE_WORDS[r]}: {new[r]:.1f} on average" for r in found["means"].rule.unique() if DECIDES[r] == "new_drug"]
-    if question == "targets": return f"Mean average precision of the first ten genes (1: every annotated target on top), among {facts['n_targets']} genes that are a target of some drug of the screen."
-    return (f"Mean reciprocal rank of the right drug (1: always first; 0.5: second), among all {facts['n_drugs']} drugs; where drugs are held out, **among the new drugs alone** ({'; '.join(few)}), since a look-up of measured drugs must put each new one last."
-            if few else f"Mean reciprocal rank of the right drug (1: always first; 0.5: second), among all {facts['n_drugs']} drugs.")
+    n = "n = " + ", ".join(f"{plot.count(r.n)} ({RULE_WORDS[r.rule]})" for r in _pick(deciding(found), question=question).itertuples()) + " queries."
+    if question == "targets": return f"Mean average precision of the first ten genes (1: every annotated target on top), among {facts['n_targets']} genes that are a target of some drug of the screen. {n}"
+    return (f"Mean reciprocal rank of the right drug (1: always first; 0.5: second), among all {facts['n_drugs']} drugs; where drugs are held out, **among the new drugs alone** ({'; '.join(few)}), since a look-up of measured drugs must put each new one last. {n}"
+            if few else f"Mean reciprocal rank of the right drug (1: always first; 0.5: second), among all {facts['n_drugs']} drugs. {n}")
 
-def table_note(facts: dict) -> str: return (f"Both tables: 95 % intervals over drugs, lines and {facts['n_seeds']} seeds; differences are paired by query and seed. The best baseline was chosen on these very rows. *Cannot tell*: the interval of the difference holds 0.")
+def rules_note(found: dict) -> str:
+    "What is held out."
+    return " ".join(f"*{RULE_WORDS[r].capitalize()}*: {_LONG[r]}." for r in found["means"].rule.unique())
+
+def table_note(found: dict, facts: dict) -> str:
+    "What both tables share."
+    best = " *Best possible*: a reader who knows the simulated truth." if deciding(found).top.notna().any() else ""
+    return f"Both tables: 95 % intervals over drugs, lines and {facts['n_seeds']} seeds; differences are paired by query and seed, and the best baseline was chosen on these very rows. *Not told from*: the interval of the difference holds 0.{best}"
 
 # %% ../../nbs/report/12_f_p_words.ipynb #a1a19747
 def first_line() -> str: return ("`f_p` is a **response encoder**: its input is the *treated change itself*. It names the drug behind a change that was measured, and the genes that the drug binds. It predicts nothing about a treatment that "
@@ -95,8 +114,8 @@ def hits_sentence(found: dict) -> str:
     said = []
     for rule in found["means"].rule.unique():
         m = _pick(found["means"], rule=rule, task=DECIDES[rule], id="hit_at_1@1").set_index("model")
-        said.append(f"{RULE_WORDS[rule]} {plot.interval(m.value['f_p'], m.low['f_p'], m.high['f_p'], '.0%')}, chance {m.value['chance']:.0%}")
-    return f"The right drug comes **first**: {'; '.join(said)}."
+        said.append(f"{RULE_WORDS[rule]} {plot.interval(m.value['f_p'], m.low['f_p'], m.high['f_p'], '.0%')}, chance {m.value['chance'] * 100:.0f} %")
+    return f"Share of queries for which the right drug comes **first**: {'; '.join(said)}."
 
 def way_sentence(found: dict, reference: str = "perfect") -> str:
     "How much of the way from chance to the best possible reader was gone."
@@ -144,7 +163,7 @@ def model_table(found: dict, question: str) -> pd.DataFrame:
     for r in rules:
         task, i = _asked(r, question)
         t = _pick(found["means"], rule=r, task=task, id=i).set_index("model")
-        out[RULE_WORDS[r]] = [plot.interval(t.value[m], t.low[m], t.high[m], ".2f") if m in t.index else "–" for m in models]
+        out[RULE_WORDS[r]] = [_narrow(t.value[m], t.low[m], t.high[m], ".2f") if m in t.index else "–" for m in models]
     return pd.DataFrame(out)
 
 def lead_table(found: dict, question: str) -> pd.DataFrame:
@@ -155,7 +174,7 @@ def lead_table(found: dict, question: str) -> pd.DataFrame:
     for r in rules:
         task, i = _asked(r, question)
         t = _pick(found["leads"], rule=r, task=task, id=i).set_index("baseline")
-        out[RULE_WORDS[r]] = [plot.interval(t.value[m], t.low[m], t.high[m], "+.2f") if m in t.index else "–" for m in models]
+        out[RULE_WORDS[r]] = [_narrow(t.value[m], t.low[m], t.high[m], "+.2f") if m in t.index else "–" for m in models]
     return pd.DataFrame(out)
 
 # %% ../../nbs/report/12_f_p_words.ipynb #71cbaf5e
@@ -219,10 +238,15 @@ def published_table(found: dict) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 def way_table(found: dict) -> pd.DataFrame:
-    "From chance to a reference."
-    t, names = found["ways"], {"perfect": "best possible reader", "repeat": "measured twice"}
-    return pd.DataFrame([{"held out": RULE_WORDS[r.rule], "question": QUESTIONS["targets" if r.task == "targets" else "drug"], "reference": names[r.reference], "chance": f"{r.chance:.2f}", "encoder": f"{r.score:.2f}", "reference reaches": f"{r.top:.2f}",
-                          "part of the way": plot.interval(r.share, r.low, r.high, ".0%")} for r in t.itertuples()])
+    "From chance to the references."
+    out = []
+    for (rule, task), t in found["ways"].groupby(["rule", "task"], sort=False):
+        t = t.set_index("reference")
+        row = {"held out": RULE_WORDS[rule], "question": QUESTIONS["targets" if task == "targets" else "drug"], "chance": f"{t.chance.iloc[0]:.2f}", "encoder": f"{t.score.iloc[0]:.2f}"}
+        for k, name in (("repeat", "measured twice"), ("perfect", "best possible")):
+            if k in t.index: row |= {name: f"{t.top[k]:.2f}", f"way to {name}": _narrow(t.share[k], t.low[k], t.high[k], ".0%")}
+        out.append(row)
+    return pd.DataFrame(out)
 
 # %% ../../nbs/report/12_f_p_words.ipynb #2a8f96f6
 def stratum_table(t: pd.DataFrame, what: str, baseline: str, most: int = 8) -> pd.DataFrame:
@@ -288,8 +312,8 @@ def example_rows(
 def _example_line(axes, shown, top: pd.DataFrame, genes: pd.DataFrame, o: pd.Series, smiles: dict) -> None:
     "One query: its drug, and what the encoder says."
     from perturbnb.interpret.examples import structure_image
-    cells = [(str(o.pert), f"{shown.kind}: {plot.label(o.pert, 22)}\n{plot.label(o.cell_line, 14)}, {o.dose_um:g} µM", f"asked: {plot.label(str(o.get('moa', '')), 26)}\ntargets: {plot.label(str(o.get('targets', '')).replace('+', ', '), 24)}")]
-    cells += [(r.item, f"{r.rank}. {plot.label(r.item, 20)} {_mark(r.right)}\nscore {r.score:.2f}", "") for r in top[:3].itertuples()]
+    cells = [(str(o.pert), f"{shown.kind}: {plot.label(o.pert, 17)}\n{plot.label(o.cell_line, 14)}, {o.dose_um:g} µM", f"{plot.label(str(o.get('moa', '')), 28)}\ntargets: {plot.label(str(o.get('targets', '')).replace('+', ', '), 24)}")]
+    cells += [(r.item, f"{r.rank}. {plot.label(r.item, 18)} {_mark(r.right)}\nscore {r.score:.2f}", "") for r in top[:3].itertuples()]
     for ax, (drug, title, below) in zip(axes, cells):
         image, why = structure_image(smiles.get(drug), (480, 330))
         ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(image is None)
@@ -332,8 +356,8 @@ def limits(found: dict, demo: bool) -> str:  # Markdown
            *notes, *(["the data are simulated, with a few dozen drugs: real screens have hundreds of candidates, weaker effects and errors that are not normal"] if demo else [])]
     return "\n\n".join(f"- {plot.escape(x)}" for x in out)
 
-def pathway_note() -> str: return ("A pathway-level evaluation compares *predicted with measured effects*, and the response encoder predicts no effect: its output is a list of drugs and of genes. That evaluation is in the report `f_r`. Whether a wrong gene is at least in the "
-                                   "right pathway is answered, as far as it can be, by the rows *a drug of its mechanism* above.")
+def pathway_note() -> str: return ("A pathway-level evaluation compares *predicted with measured effects*, and the response encoder predicts no effect: its output is a list of drugs and of genes. That evaluation is in the report `f_r`. The nearest thing that can be asked here "
+                                   "is whether the first drug has at least the right *mechanism*: see the rows so named above.")
 
 # %% ../../nbs/report/12_f_p_words.ipynb #a8875ac8
 def _kind(model: str) -> str: return "model" if model in ("f_p", "as published", "two_tower") else "ceiling" if model in REFERENCES else "control" if model == "chance" else "baseline"
@@ -350,7 +374,7 @@ def record(
         result.split(f"{rule}, seed {seed}", {p: int(r[f"n_{p}"]) for p in ("train", "val", "test")}, _pick(found["audit"], rule=rule, seed=seed)["line"].tolist(), r.hash)
     _record_metrics(result, found)
     _record_comparisons(result, found)
-    result.verdict("Does the response encoder find the drug and its targets?", plot.plain(headline(found)))
+    result.verdict("Does the response encoder find the drug and its targets?", plot.plain(headline(found)).replace("**", ""))
     for r in deciding(found).itertuples():
         result.verdict(f"{QUESTIONS[r.question]} {RULE_WORDS[r.rule]}", plot.plain(f"{r.gain_verdict} against {r.baseline} {plot.interval(r.gain, r.gain_low, r.gain_high, '+.3f')}, {r.over_verdict} against chance {plot.interval(r.over, r.over_low, r.over_high, '+.3f')} in {metric_name(r.id)}, n = {r.n}"))
     result.verdict("How far is it from the best possible?", plot.plain(way_sentence(found)))
