@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .. import plot
+from ..interpret.ablation import MIN_SEEDS
 from ..interpret.response_study import DECIDES, DRUG, REFERENCES, RIVALS, TARGETS, best_rival, metric_ids
 from ..metrics.registry import find_metric
 from .f_r_words import _ends, _pick, demo_mark, flat
@@ -25,7 +26,7 @@ _LONG = {"pair": "pairs of drug and line are held out, and each drug was measure
          "unseen_cell_line": "lines that were never measured"}
 _NAMES = {"f_p": "response encoder", "perfect": "best possible reader, truth known", "repeat": "look-up of the same treatment, measured twice", "two_tower": "two towers"}
 COLUMN = {"cell_line": "line", "pert": "drug", "moa": "mechanism"}
-PUBLISHED_AS = "with few steps and a higher learning rate, so it shows the gap between protocols, not what 140,000 steps would reach"
+PUBLISHED_AS = "with few steps and a higher learning rate, so it shows the gap between protocols, not what the planned 140,000 steps would reach"
 QUESTIONS = {"drug": "Which drug?", "targets": "Which target genes?"}
 
 def _said(model: str) -> str: return _NAMES.get(model, str(model).replace("_", " "))
@@ -62,7 +63,7 @@ def _against(d: pd.DataFrame) -> str:
     "The encoder and the best baseline."
     won, same, lost, none = (_in(d, "gain_verdict", v) for v in ("better", "cannot tell", "worse", "no interval"))
     first = f"beats the best simple baseline {won}" if won else "beats the best simple baseline nowhere"
-    more = [f"the two cannot be told apart {same}" if same else "", f"it is worse {lost}" if lost else "", f"there is no interval {none}" if none else ""]
+    more = ["in no split can the two be told apart" if same == "in every split" else f"the two cannot be told apart {same}" if same else "", f"it is worse {lost}" if lost else "", f"there is no interval {none}" if none else ""]
     return "; ".join([first, *filter(None, more)])
 
 def _over_chance(d: pd.DataFrame) -> str:
@@ -103,7 +104,8 @@ def rules_note(found: dict) -> str:
 def table_note(found: dict, facts: dict) -> str:
     "What both tables share."
     best = " *Best possible*: a reader who knows the simulated truth." if deciding(found).top.notna().any() else ""
-    return f"Both tables: 95 % intervals over drugs, lines and {facts['n_seeds']} seeds; differences are paired by query and seed, and the best baseline was chosen on these very rows. *Not told from*: the interval of the difference holds 0.{best}"
+    over = f"drugs, lines and {facts['n_seeds']} seeds" if facts["n_seeds"] >= MIN_SEEDS else f"drugs and lines ({facts['n_seeds']} seed(s): nothing is known of others)"
+    return f"Both tables: 95 % intervals over {over}; differences are paired by query and seed, and the best baseline was chosen on these very rows. *Not told from*: the interval of the difference holds 0.{best}"
 
 # %% ../../nbs/report/12_f_p_words.ipynb #a1a19747
 def first_line() -> str: return ("`f_p` is a **response encoder**: its input is the *treated change itself*. It names the drug behind a change that was measured, and the genes that the drug binds. It predicts nothing about a treatment that "
