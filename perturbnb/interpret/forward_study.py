@@ -136,12 +136,13 @@ def hold_out(
     table: ad.AnnData,  # from `study_table`
     rule: str,  # one of RULES
     seed: int,  # 0 or more
+    val: bool = True,  # False: no validation part, its rows are for training
 ) -> Split:
     "The split of a rule and seed."
     if rule not in RULES: raise InputError(f"rule {rule!r}", f"one of {', '.join(RULES)}", nearest(rule, RULES))
-    if rule == "pair": return split("pair", table, seed)
-    test, val = _dealt(table.obs, rule, seed)
-    return split(rule, table, seed, test=test, val=val)
+    if rule == "pair": return split("pair", table, seed, **({} if val else {"val": 0}))
+    test, names = _dealt(table.obs, rule, seed)
+    return split(rule, table, seed, test=test, val=names if val else 0)
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #0b6fc777
 BASELINES = {"no_change": {}, "mean": {}, "line_mean": {"by": ["cell_line", "dose_um"]}, "drug_mean": {"by": ["pert", "dose_um"]},
@@ -386,15 +387,15 @@ def runs(
     *,
     jobs: int = 1,  # processes
     progress: bool = True,
+    run: str = "perturbnb.interpret.forward_study:one_run",  # what makes a run: a function by its importable name
+    model: str = "perturbnb.models.f_r",  # whose code decides the numbers
 ) -> dict:  # key -> folder of the run
     "Every run that is not there yet, and where each is."
-    from perturbnb.models import f_r
-    import inspect
-    code, folder = inspect.getsource(f_r), Path(folder)
-    place = {k: folder / "runs" / run_key(one_run, seed, o, data_hash, code) for k, (seed, o) in tasks.items()}
+    import importlib, inspect
+    code, folder = inspect.getsource(importlib.import_module(model)), Path(folder)
+    place = {k: folder / "runs" / run_key(run, seed, o, data_hash, code) for k, (seed, o) in tasks.items()}
     todo = [(k, tasks[k][0], dict(tasks[k][1], folder=str(folder), out=str(p))) for k, p in place.items() if not p.is_dir()]
     from tqdm.auto import tqdm
-    run = "perturbnb.interpret.forward_study:one_run" if jobs > 1 else one_run
     for _ in tqdm(_all(run, todo, jobs), "trainings", len(todo), disable=not progress): pass
     return place
 
@@ -541,17 +542,18 @@ def by_stratum(
     column: str,  # of obs: cell_line, pert or moa
     baseline: str,  # to compare with
     metric: str = "pearson_delta@1",
+    model: str = "f_r",
     **options,  # n_boot, seed
-) -> pd.DataFrame:  # stratum, n, f_r, baseline, difference, low, high, note; largest n first
-    "The forward model and a baseline in each stratum."
-    part = rows[(rows.protocol == "leak-free") & rows.model.isin(["f_r", baseline])]
+) -> pd.DataFrame:  # stratum, n, the model (under its name), baseline, difference, low, high, note; largest n first
+    "A model and a baseline in each stratum."
+    part = rows[(rows.protocol == "leak-free") & rows.model.isin([model, baseline])]
     w = part.pivot_table(index="name", columns="model", values=metric)
     other, out = "pert" if column != "pert" else "cell_line", []
     for k, names in w.groupby(obs.loc[w.index, column].astype(str).to_numpy()).groups.items():
         t = w.loc[names]
-        est = mean_interval(t["f_r"] - t[baseline], obs.loc[names, other].astype(str), **{"n_boot": 500, **options})
-        out.append(dict(stratum=k, n=len(t), f_r=t["f_r"].mean(), baseline=t[baseline].mean(), difference=est.value, low=est.low, high=est.high, note=est.note))
-    return pd.DataFrame(out).sort_values(["n", "stratum"], ascending=[False, True], ignore_index=True)
+        est = mean_interval(t[model] - t[baseline], obs.loc[names, other].astype(str), **{"n_boot": 500, **options})
+        out.append(dict(stratum=k, n=len(t), **{model: t[model].mean()}, baseline=t[baseline].mean(), difference=est.value, low=est.low, high=est.high, note=est.note))
+    return _cut(pd.DataFrame(out).assign(id=metric), True).drop(columns="id").sort_values(["n", "stratum"], ascending=[False, True], ignore_index=True)
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #d9273621
 def inverse_summary(
