@@ -170,7 +170,7 @@ def mean_table(found: dict, metric: str = "pearson_delta@1", protocol: str = "le
     kinds = list(found["tops"].kind.unique()) if metric == "pearson_delta@1" and protocol == "leak-free" else []
     models = _order(found["means"], rules[0])
     t, c = _pick(found["means"], id=metric, protocol=protocol).set_index(["rule", "model"]), found["tops"].set_index(["rule", "kind"])
-    say = lambda r: plot.interval(r.value, r.low, r.high, ".2f" if metric != "mse@1" else ".4f").replace("\\xa0(", " (")
+    say = lambda r: plot.interval(r.value, r.low, r.high, ".2f" if metric != "mse@1" else ".4f").replace("\xa0(", " (")
     out["model"] = [*(_CEILING[k] for k in kinds), *map(_said, models)]
     for r in rules: out[_SHORT[r]] = [*(say(c.loc[(r, k)]) for k in kinds), *(say(t.loc[(r, m)]) if (r, m) in t.index else "–" for m in models)]
     return pd.DataFrame(out)
@@ -180,7 +180,7 @@ def lead_table(found: dict, metric: str = "pearson_delta@1", protocol: str = "le
     t = _pick(found["leads"], id=metric, protocol=protocol)
     rules, models = list(t.rule.unique()), [m for m in _order(found["means"], t.rule.iloc[0]) if m != "f_r"]
     at, form = t.set_index(["rule", "baseline"]), "+.3f" if metric != "mse@1" else "+.4f"
-    cell = lambda r, m: plot.interval(at.value[r, m], at.low[r, m], at.high[r, m], form).replace("\\xa0(", " (")
+    cell = lambda r, m: plot.interval(at.value[r, m], at.low[r, m], at.high[r, m], form).replace("\xa0(", " (")
     return pd.DataFrame({"minus": list(map(_said, models)), **{_SHORT[r]: [cell(r, m) for m in models] for r in rules}})
 
 # %% ../../nbs/report/11_f_r_words.ipynb #b375e25f
@@ -256,7 +256,7 @@ def inverse_table(inverse: pd.DataFrame, rule: str = "pair", lines: str = "same"
         order = _pick(part, id="ap_at_10@1").sort_values("value", ascending=False).model
         at = part.set_index(["model", "id"])
         for m in order:
-            cell = lambda i: plot.interval(at.value[m, i], at.low[m, i], at.high[m, i], ".2f").replace("\\xa0(", " (")
+            cell = lambda i: plot.interval(at.value[m, i], at.low[m, i], at.high[m, i], ".2f").replace("\xa0(", " (")
             out.append({"to find": _FINDS[rel], "method": _said(m), "mAP@10": cell("ap_at_10@1"), "hit@1": f"{at.value[m, 'hit_at_1@1']:.2f}", "hit@10": f"{at.value[m, 'hit_at_10@1']:.2f}",
                         "reciprocal rank": f"{at.value[m, 'reciprocal_rank@1']:.2f}", "median rank": at.median_rank[m, "ap_at_10@1"], "n": at.n[m, "ap_at_10@1"]})
         c = lambda i: f"{at.chance[order.iloc[0], i]:.2f}"
