@@ -32,7 +32,7 @@ demo: $(STAMP)
 	@$(BIN)/perturbnb demo
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lab: $(STAMP)
 	@$(BIN)/perturbnb kernels --install

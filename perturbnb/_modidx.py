@@ -1426,6 +1426,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'perturbnb/interpret/use.py'),
                                          'perturbnb.interpret.use._table': ('interpret/use.html#_table', 'perturbnb/interpret/use.py'),
                                          'perturbnb.interpret.use._text': ('interpret/use.html#_text', 'perturbnb/interpret/use.py'),
+                                         'perturbnb.interpret.use._told': ('interpret/use.html#_told', 'perturbnb/interpret/use.py'),
                                          'perturbnb.interpret.use._units': ('interpret/use.html#_units', 'perturbnb/interpret/use.py'),
                                          'perturbnb.interpret.use.as_models': ( 'interpret/use.html#as_models',
                                                                                 'perturbnb/interpret/use.py'),

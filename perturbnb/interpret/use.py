@@ -52,7 +52,7 @@ def as_models(
         if m.var is None: raise InputError(f"{m.name or type(m).__name__} is not fitted", "a fitted or loaded model", "call fit first")
         if m.input != "condition":
             raise InputError(f"{m.name} is a {m.input} model", "a model that predicts effects from conditions",
-                             "it scores profiles: use it with predict, or choose another model")
+                             "it scores measured profiles, and predicts no effect: choose a model of the report f_r")
         if m.genes != out[0].genes or m.scale != out[0].scale:
             raise InputError(f"members with {len(out[0].genes)} genes in {out[0].scale} and {len(m.genes)} in {m.scale}",
                              "the same genes and unit in every member", "use the seeds of one run")
@@ -193,7 +193,7 @@ def _state(models: list, line: str, controls) -> "tuple[pd.Series | None, list]"
         return states.loc[line], [m.with_controls(controls) if hasattr(m, "with_controls") else m for m in models]
     if known is not None and line not in known:
         raise InputError(f"cell line {line!r}, which is not among the {len(known)} of the model, and no controls",
-                         "a known line, or control profiles of the new one", f"pass controls; {nearest(line, known)}")
+                         "a known line, or control profiles of the new one", f"{nearest(line, known)}; or pass its control profiles (controls, --controls FILE)")
     if hasattr(models[0], "control_state") and known is not None: return models[0].control_state(line), models
     domain = domain_of(models[0])
     return (domain.controls.loc[line] if domain is not None and domain.controls is not None and line in domain.controls.index else None), models
@@ -217,30 +217,37 @@ def ask(
     return Question(name, base, line, dose, state, tuple(notes)), models
 
 # %% ../../nbs/interpret/11_use.ipynb #b95029dc
+def _told(note: str) -> str: return "; ".join(p for p in str(note).split("; ") if not p.startswith("no plate"))  # a question has no plate
+
 INTERVALS = ("auto", "calibrated", "ensemble", "dropout", "none")
 
 def _calibrated(models: list, y: np.ndarray, level: float, **_):
-    kept = [m.names["residuals"]["half"].get(f"{level:g}") if "residuals" in m.names else None for m in models]
-    if any(k is None for k in kept): return None
-    half, r = np.mean(kept, axis=0), models[0].names["residuals"]
-    return y.mean(0) - half, y.mean(0) + half, (f"{level:.0%} of the errors on {r['n_rows']} validation rows of {r['n_units']} ({', '.join(r['unit'])}) units were within it, "
-                                                "gene by gene; it does not cover a drug or line unlike those")
+    if not all("residuals" in m.names for m in models): return None
+    r = models[0].names["residuals"]
+    common = [l for l in LEVELS if all(f"{l:g}" in m.names["residuals"]["half"] for m in models)]
+    given = level if level in common or not common or level not in LEVELS else max(common)
+    if given not in common or given > level: return None
+    half = np.mean([m.names["residuals"]["half"][f"{given:g}"] for m in models], axis=0)
+    few = "" if given == level else f"; {r['n_units']} units are too few for {level:.0%}"
+    return y.mean(0) - half, y.mean(0) + half, given, (f"{given:.0%} of the errors on {r['n_rows']} validation rows of {r['n_units']} ({', '.join(r['unit'])}) units were within it, "
+                                                       f"gene by gene; it does not cover a drug or line unlike those{few}")
+
 def _ensemble(models: list, y: np.ndarray, level: float, **_):
     if len(y) < 2: return None
     from scipy.special import stdtrit
     half = stdtrit(len(y) - 1, (1 + level) / 2) * y.std(0, ddof=1) / np.sqrt(len(y))
     few = f", few for an interval (fewer than {MIN_GROUPS})" if len(y) < MIN_GROUPS else ""
-    return y.mean(0) - half, y.mean(0) + half, f"{level:.0%} t interval of the mean over {len(y)} members{few}: the spread between members, not their common error"
+    return y.mean(0) - half, y.mean(0) + half, level, f"{level:.0%} t interval of the mean over {len(y)} members{few}: the spread between members, not their common error"
 
 def _dropout(models: list, y: np.ndarray, level: float, table=None, seed=0):
     if not hasattr(models[0], "sample"): return None
     drawn = np.concatenate([np.asarray(m.sample(table, n=100, seed=seed + i))[:, 0] for i, m in enumerate(models)])
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high, f"middle {level:.0%} of {len(drawn)} predictions with dropout: the doubt of the network, not its error"
+    return low, high, level, f"middle {level:.0%} of {len(drawn)} predictions with dropout: the doubt of the network, not its error"
 
 # %% ../../nbs/interpret/11_use.ipynb #38962513
-def _interval(kind: str, models: list, y: np.ndarray, level: float, **more) -> "tuple[np.ndarray, np.ndarray, str]":
-    "Low, high and what they are."
+def _interval(kind: str, models: list, y: np.ndarray, level: float, **more) -> "tuple[np.ndarray, np.ndarray, float, str]":
+    "Low, high, their level and what they are."
     ways = {"calibrated": _calibrated, "ensemble": _ensemble, "dropout": _dropout}
     for name in (ways if kind == "auto" else [kind] if kind != "none" else []):
         if (found := ways[name](models, y, level, **more)) is not None: return found
@@ -249,7 +256,7 @@ def _interval(kind: str, models: list, y: np.ndarray, level: float, **more) -> "
                          {"calibrated": "a model with widths at that level",
         "ensemble": "two members or more", "dropout": "a model with sample()"}[kind], {"calibrated": f"run calibrate on validation rows; levels are {', '.join(map(str, LEVELS))}"}.get(kind, "choose interval='auto'"))
     nothing = np.full(y.shape[1], np.nan)
-    return nothing, nothing, "none: " + ("it was not asked for" if kind == "none" else "the model carries no calibration at that level, there is one member, and it cannot be sampled")
+    return nothing, nothing, level, "none: " + ("it was not asked for" if kind == "none" else "the model carries no calibration at that level, there is one member, and it cannot be sampled")
 
 # %% ../../nbs/interpret/11_use.ipynb #7b5377fc
 def model_hash(model: Model) -> str:  # SHA-256
@@ -301,12 +308,12 @@ def predict_effect(
     models = as_models(models)
     q, models = ask(models, smiles=smiles, drug=drug, cell_line=cell_line, dose_um=dose_um, controls=controls)
     row = pd.DataFrame({"pert": q.drug, "pert_type": "compound", "cell_line": q.cell_line, "dose_um": q.dose_um, "time_h": 24.0,
-                        "smiles": [q.smiles]}, index=["question"]).astype({"smiles": object})
-    y, told = np.array([m.predict(row)[0] for m in models], float), list(dict.fromkeys(n for m in models for n in m.notes if n))
+                        "smiles": [q.smiles], "batch": [None]}, index=["question"]).astype({"smiles": object})  # of no plate
+    y, told = np.array([m.predict(row)[0] for m in models], float), list(dict.fromkeys(t for m in models for n in m.notes if (t := _told(n))))
     if not np.isfinite(y).all():
         raise InputError(f"{models[0].name} predicts no finite effect for {q}", "a number for each gene",
                          "another baseline, or a model that knows this condition")
-    low, high, says = _interval(interval, models, y, level, table=row)
+    low, high, level, says = _interval(interval, models, y, level, table=row)
     m, d = models[0], domain_of(models[0])
     far = pd.DataFrame(columns=["outside", "text"]) if d is None else measures(d, drug=q.drug, smiles=q.smiles, cell_line=q.cell_line,
         dose_um=q.dose_um, state=q.state)
@@ -485,6 +492,7 @@ def _of_models(models: list, cell_line, given, controls, progress: bool) -> Sear
         raise InputError(f"{m.name} predicts none of the {len(table)} candidates", "finite effects",
                          "another baseline, or a model that knows these drugs")
     told = m.fallbacks() if len(table) <= 4096 else pd.Series(dtype=int)
+    told = told.groupby([_told(n) for n in told.index]).sum().drop("", errors="ignore")
     warn = [f"{m.name}: {note} ({n} of {len(table)} candidates)" for note,
             n in told.items()] + ([f"{int(bad.sum())} candidates without a prediction are left out"] if bad.any() else [])
     if (d := domain_of(m)) is not None and cell_line is not None: warn += [t for t,
@@ -673,8 +681,9 @@ def predict_command(
     top: int = 20,  # genes to print
 ) -> str:  # what to print
     "Answer `perturbnb predict`."
-    if dose_um is None: raise InputError("no dose", "a dose in micromolar", "add --dose-um, for example --dose-um 1")
-    if cell_line is None: raise InputError("no cell line", "the name of a line", "add --cell-line")
+    given = {"--smiles or --drug": smiles or drug, "--cell-line": cell_line, "--dose-um": dose_um}
+    if lost := [k for k, v in given.items() if v is None]:
+        raise InputError(f"no {' and no '.join(lost)}", "a compound, a line and a dose in micromolar", "for example --drug NAME --cell-line CVCL_0023 --dose-um 1")
     top = whole("top", top, 20)
     if out is not None and Path(out).suffix.lower() != ".csv":
         raise InputError(f"the file {Path(out).name!r}", "a name that ends in .csv", "for example effect.csv")

@@ -115,6 +115,7 @@ def candidate_effects(
     if getattr(source, "input", None) != "condition" or not hasattr(source, "predict"):
         raise InputError(f"a {type(source).__name__}", "a model that predicts effects from conditions, or a Library",
                          "see models.baselines.baseline_table")
+    if "batch" not in table: table = table.assign(batch=None)  # a candidate is of no plate
     from tqdm import tqdm
     at = tqdm(range(0, len(table), block), desc="predict candidates", unit="block", disable=not progress, delay=2)
     return np.concatenate([np.asarray(source.predict(table.iloc[i:i + block]), np.float32) for i in at])
