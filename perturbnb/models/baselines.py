@@ -13,6 +13,7 @@ import pandas as pd
 from ..core import InputError, nearest
 from .base import Model
 from .bilinear import Bilinear
+from .dose_scaled import DoseScaled
 from .genes import AdditiveGenes, LatentAdditive, MatchingMean
 from .means import Additive, DrugMean, GroupMean, LineMean, MeanEffect, NoChange, RandomEffect
 from .profiles import KnnPca, LogisticPca, TargetZ
@@ -20,7 +21,7 @@ from .structure import NearestCompound, RidgeMorgan, ZerosDrug
 
 # %% ../../nbs/models/05_baselines.ipynb #4222232a
 BASELINES = {c.name: c for c in (NoChange, RandomEffect, MeanEffect, LineMean, DrugMean, GroupMean, Additive, AdditiveGenes,
-                                 MatchingMean, LatentAdditive, Bilinear, NearestCompound, RidgeMorgan, ZerosDrug, KnnPca,
+                                 MatchingMean, LatentAdditive, Bilinear, NearestCompound, RidgeMorgan, ZerosDrug, DoseScaled, KnnPca,
                                  LogisticPca, TargetZ)}  # name -> class
 
 def _options(cls: type) -> dict:

@@ -322,7 +322,7 @@ def inverse_baselines(
     "What an inverse ranking has to beat: searches in the training signatures, and predictions of simple models."
     from perturbnb.models.baselines import baseline
     options = {"drug_mean": {"by": ["pert", "dose_um"]}, "additive": {"factors": ["pert", "cell_line", "dose_um"]},
-               "nearest_compound": {"by": ["cell_line", "dose_um"]}, "ridge_morgan": {"dose": True}, "random": {}}
+               "nearest_compound": {"by": ["cell_line", "dose_um"]}, "ridge_morgan": {"dose": True}, "dose_scaled": {}, "random": {}}
     return {"connectivity": Library(train, "wtcs"), "nearest_signature": Library(train, "cosine"),
             **{name: baseline(name, **o).fit(train) for name, o in options.items()}}
 
