@@ -364,6 +364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'perturbnb.data.genes._listed': ('data/genes.html#_listed', 'perturbnb/data/genes.py'),
                                       'perturbnb.data.genes._numbers': ('data/genes.html#_numbers', 'perturbnb/data/genes.py'),
                                       'perturbnb.data.genes._one': ('data/genes.html#_one', 'perturbnb/data/genes.py'),
+                                      'perturbnb.data.genes._other_case': ('data/genes.html#_other_case', 'perturbnb/data/genes.py'),
                                       'perturbnb.data.genes._signature_table': ( 'data/genes.html#_signature_table',
                                                                                  'perturbnb/data/genes.py'),
                                       'perturbnb.data.genes._text': ('data/genes.html#_text', 'perturbnb/data/genes.py'),
