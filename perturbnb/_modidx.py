@@ -341,6 +341,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'perturbnb/data/effects.py'),
                                         'perturbnb.data.effects.pseudobulk_halves': ( 'data/effects.html#pseudobulk_halves',
                                                                                       'perturbnb/data/effects.py'),
+                                        'perturbnb.data.effects.refuse_effects': ( 'data/effects.html#refuse_effects',
+                                                                                   'perturbnb/data/effects.py'),
                                         'perturbnb.data.effects.shrink': ('data/effects.html#shrink', 'perturbnb/data/effects.py'),
                                         'perturbnb.data.effects.why_dropped': ( 'data/effects.html#why_dropped',
                                                                                 'perturbnb/data/effects.py')},

@@ -488,6 +488,17 @@ def test_halves_of_effects_share_no_cell(release, panel, tmp_path):
     np.testing.assert_allclose(table.X[0], a[row].X[0] - whole, atol=1e-12)
 
 
+def test_effects_of_effects_are_refused(release, panel, tmp_path, fails, cli):
+    from perturbnb.data import effects
+    table = schema.read(bulk(release, tmp_path / "b.h5ad", panel).path)
+    for make in (tb.effects, effects.effects):
+        with pytest.raises(InputError, match=r"the table is a table of effects \(against dmso_tf_same_line.*prepare tahoe") as e: make(make(table, min_control_cells=1))
+        assert "\n" not in str(e.value)
+    effects.refuse_effects(table)  # levels pass
+    assert cli("prepare", "effects", tmp_path / "b.h5ad", tmp_path / "e.h5ad", "--min-control-cells", "1").returncode == 0
+    fails("prepare", "effects", tmp_path / "e.h5ad", tmp_path / "f.h5ad", words=["is a table of effects", "expected a bulk table"])
+
+
 def test_drugs_are_joined_by_name(copy, panel, tmp_path):
     path = copy / "metadata/drug_metadata.parquet"
     before = schema.read(bulk(copy, tmp_path / "a.h5ad", panel).path).obs

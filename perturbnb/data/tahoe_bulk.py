@@ -902,6 +902,8 @@ def effects(
     missing: str = "drop",  # rows without a control: drop (they are listed in uns["perturbnb"]["no_control"]), or raise
 ) -> "AnnData":  # treated rows by genes; layers se, half_a, half_b; obs control and n_control_cells
     "The signature table of a bulk table, with the effect in each half of the cells."
+    if (reference := dict(bulk.uns.get("perturbnb", {})).get("reference", "none")) != "none":
+        raise InputError(f"the table is a table of effects (against {reference})", "a bulk table", "give the table of `perturbnb prepare tahoe`")
     if lost := [x for x in ("half_a", "half_b") if x not in bulk.layers or f"n_{x[-1]}" not in bulk.obs]:
         raise InputError(f"a table without {lost[0]}", "a bulk table of tahoe_bulk", "make it with tahoe_bulk, or use schema.delta, which needs no halves")
     table = schema.delta(bulk, min_control_cells=min_control_cells, missing=missing)
