@@ -191,8 +191,8 @@ def test_ctrl_c_is_not_lost_in_a_callback(release, panel, expected, tmp_path, mo
     if place == "writing": monkeypatch.setattr(tb, "_dataset", stop(tb._dataset))
     else: monkeypatch.setattr(tb._Progress, "show", stop(tb._Progress.show))
     try:
-        with pytest.raises(KeyboardInterrupt, match=r"stopped after \d of 9 shards; the same command goes on"):
-            bulk(release, tmp_path / "b.h5ad", "hvg" if place == "panel" else panel, workers=1, n_genes=20)
+        with pytest.raises(KeyboardInterrupt, match=r"stopped after \d of 9 shards; the same command without --no-resume \(resume=False\) goes on"):
+            bulk(release, tmp_path / "b.h5ad", "hvg" if place == "panel" else panel, workers=1, n_genes=20, resume=False)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally: signal.signal(signal.SIGINT, usual)
     assert not (tmp_path / "b.h5ad").exists() and (tmp_path / "b.h5ad.work").exists() == (place != "panel")

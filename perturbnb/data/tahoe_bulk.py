@@ -851,7 +851,7 @@ def _make(begin, plan, tables, paths, work, out, panel, workers, memory_gb, publ
     if out.exists() and not overwrite: raise OutputError(f"{out} is there already", "a new name", "choose another name, or say overwrite (--overwrite) to replace it")
     if work.is_dir(): _sweep(work, state)
     manifest = _Manifest(work / "manifest.json", state and {**state, "damaged": {}})
-    with _stopped(manifest, paths):
+    with _stopped(manifest, paths, "" if resume else " without --no-resume (resume=False)"):
         if "panel" not in plan: plan |= _found_panel(plan["asked"], paths, tables, plan["seed"], workers, published, skip, show)
         work.mkdir(exist_ok=True)
         _save(work / "plan.json", plan)
@@ -878,11 +878,11 @@ def _count(plan: dict, tables: dict, todo: list, work: Path, workers: int, memor
     bar.bar.close()
 
 @contextmanager
-def _stopped(manifest: _Manifest, paths: list):
+def _stopped(manifest: _Manifest, paths: list, but: str):
     "Say how far an interrupted run has come."
     try: yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped after {len(manifest.state['shards'])} of {len(paths)} shards; the same command goes on where it stopped") from None
+        raise KeyboardInterrupt(f"stopped after {len(manifest.state['shards'])} of {len(paths)} shards; the same command{but} goes on where it stopped") from None
 
 def _facts(begin, out: Path, state: dict, work: Path, drugs: pd.DataFrame, counted: int) -> Facts:
     "Read back what was written, put the manifest beside it, and clear the work folder."
