@@ -16,7 +16,12 @@ import typer
 from .core import InputError, MissingFile, PerturbError
 
 # %% ../nbs/cli.ipynb #b43a5b98
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
+class _Group(typer.core.TyperGroup):
+    def invoke(self, ctx):
+        try: return super().invoke(ctx)
+        except KeyboardInterrupt as e: raise typer.Abort(*e.args) from None  # typer would end without a word
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
                   help="Analyses of cells under perturbation whose numbers come with their split audit, baselines, ceiling and interval.",
                   context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -325,7 +330,7 @@ def _one_line(e: BaseException) -> tuple:
     if type(e).__name__ == "NoArgsIsHelpError": return e.format_message(), 2  # the help itself, not an error
     if isinstance(e, PerturbError): return str(e), 1
     if hasattr(e, "format_message"): return str(PerturbError(e.format_message(), "", "see perturbnb --help")), 2
-    if isinstance(e, (typer.Abort, KeyboardInterrupt)): return "interrupted", 130
+    if isinstance(e, (typer.Abort, KeyboardInterrupt)): return str(e) or "interrupted", 130
     if isinstance(e, OSError) and e.filename: return str(PerturbError(f"cannot use {e.filename}: {e.strerror}", "", "see whether the place exists and is yours to read and write")), 1
     return str(PerturbError(f"unexpected {type(e).__name__}: {str(e)[:300]}", "", "run again with --debug and report it")), 1
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -146,6 +147,66 @@ def killed_after(root, out, panel, shards, wait) -> bool:
     return alive
 
 
+STOPPED = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may ignore the signal
+from perturbnb.cli import main
+from perturbnb.data import tahoe_bulk as tb
+add = tb._add_shard
+tb._add_shard = lambda *a, **k: (time.sleep(.1), add(*a, **k))[1]
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child")
+def test_ctrl_c_says_how_far_it_came(release, panel, expected, tmp_path):
+    out = tmp_path / "b.h5ad"
+    (tmp_path / "panel.txt").write_text("\n".join(panel))
+    child = subprocess.Popen([sys.executable, "-c", STOPPED, "prepare", "tahoe", release, out, "--panel", tmp_path / "panel.txt", "--workers", "1"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not noted(out) and child.poll() is None and time.monotonic() < until: time.sleep(.01)
+    child.send_signal(signal.SIGINT)
+    said, line = child.communicate(timeout=60)
+    n = noted(out)
+    assert 1 <= n < SHARDS and not out.exists()
+    assert (child.returncode, said, line) == (130, "", f"perturbnb: stopped after {n} of 9 shards; the same command goes on where it stopped\n")
+    facts = bulk(release, out, panel)
+    assert 0 < facts.counted < facts.cells and file_hash(out) == expected
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("place", ["counting", "writing", "panel"])
+def test_ctrl_c_is_not_lost_in_a_callback(release, panel, expected, tmp_path, monkeypatch, place):
+    class Callback:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(.001)
+    def stop(real):
+        def inner(*a):
+            Callback()  # what it raises is printed and forgotten
+            return real(*a)
+        return inner
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    if place == "writing": monkeypatch.setattr(tb, "_dataset", stop(tb._dataset))
+    else: monkeypatch.setattr(tb._Progress, "show", stop(tb._Progress.show))
+    try:
+        with pytest.raises(KeyboardInterrupt, match=r"stopped after \d of 9 shards; the same command without --no-resume \(resume=False\) goes on"):
+            bulk(release, tmp_path / "b.h5ad", "hvg" if place == "panel" else panel, workers=1, n_genes=20, resume=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally: signal.signal(signal.SIGINT, usual)
+    assert not (tmp_path / "b.h5ad").exists() and (tmp_path / "b.h5ad.work").exists() == (place != "panel")
+    monkeypatch.undo()
+    assert file_hash(bulk(release, tmp_path / "b.h5ad", panel).path) == expected
+
+
+def test_too_large_a_panel_leaves_nothing_behind(release, tmp_path, monkeypatch):
+    monkeypatch.setattr(tb, "dispersion_scores", lambda *a: np.r_[np.ones(100), np.full(100, np.nan)])
+    for n, said in ((2000, "a panel of 2,000 genes from a vocabulary of 200"), (150, "a panel of 150 genes from 100 that vary in control cells")):
+        one_line(InputError, release, tmp_path / "b.h5ad", "hvg", said, n_genes=n)
+        assert not [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize("i", range(4))
 def test_killed_at_any_moment_and_resumed(release, panel, expected, tmp_path, i):
@@ -260,6 +321,32 @@ def test_a_flipped_byte_is_named_before_anything_is_counted(copy, panel, expecte
     one_line(ChangedFile, copy, tmp_path / "b.h5ad", panel, path.name, hashes=hashes)
 
 
+def test_hashes_given_later_are_compared_with_what_was_counted(copy, panel, expected, tmp_path):
+    out, paths = tmp_path / "b.h5ad", tahoe.shards(copy)
+    hashes = {p.name: file_hash(p) for p in paths}
+    short, last = paths[2].read_bytes(), paths[8].read_bytes()
+    edit(copy, 2, lambda rows: rows[:-1])  # a fetch that lost a row
+    paths[8].write_bytes(b"")
+    one_line(InputError, copy, out, panel, "is empty", workers=1)
+    for again in ({"hashes": hashes}, {"hashes": hashes, "skip_damaged": True}):
+        one_line(ChangedFile, copy, out, panel, "train-00002-of-00009.parquet was counted with SHA-256", "as published", "--no-resume", **again)
+    paths[2].write_bytes(short)  # right on the disk now, but the partial sums hold the other one
+    one_line(ChangedFile, copy, out, panel, "train-00002-of-00009.parquet was counted with SHA-256", hashes=hashes)
+    paths[8].write_bytes(last)
+    assert file_hash(bulk(copy, out, panel, hashes=hashes, resume=False).path) == expected
+
+
+@pytest.mark.parametrize("first, again", [(0, 1), (3, 95), (41, 42)])
+def test_a_cell_twice_in_a_shard_is_named_and_can_be_skipped(copy, panel, tmp_path, first, again):
+    name = "BARCODE_SUB_LIB_ID"
+    edit(copy, 5, lambda rows: rows[again].__setitem__(name, rows[first][name]))
+    line = one_line(InputError, copy, tmp_path / "b.h5ad", panel, f"train-00005-of-00009.parquet, row {again + 1}: the barcode of row {first + 1} again", "each cell once", workers=1)
+    some = bulk(copy, tmp_path / "a.h5ad", panel, skip_damaged=True, workers=2)
+    without = schema.read(bulk(copy, tmp_path / "c.h5ad", panel, only=[i for i in range(SHARDS) if i != 5]).path)
+    np.testing.assert_array_equal(schema.read(some.path).X, without.X)
+    assert len(some.skipped) == 1 and line.endswith(some.skipped[0].partition(": ")[2])
+
+
 @pytest.mark.parametrize("row", [0, 45, 90])
 def test_skipped_on_request_leaves_no_trace_of_the_shard(copy, panel, tmp_path, row):
     edit(copy, 5, cell(row, sample="smp_0"))
@@ -289,13 +376,14 @@ def test_shards_and_tables_that_are_missing_empty_or_cut(copy, panel, tmp_path):
     pq.write_table(pq.read_table(paths[4]).drop_columns(["plate"]), paths[3])
     one_line(InputError, copy, out, panel, paths[3].name, "no column 'plate'", resume=False)
     paths[3].unlink()
-    one_line(InputError, copy, out, panel, "lacks 1 of 9 shards: train-00003", resume=False)
+    one_line(InputError, copy, out, panel, "lacks 1 of 9 shards: train-00003", "partial=True (--partial)", resume=False)
     assert bulk(copy, tmp_path / "partial.h5ad", panel, partial=True).shards == SHARDS - 1
     one_line(MissingFile, copy, out, panel, "no shard number 3", only=[2, 3])
     pq.write_table(pq.read_schema(paths[4]).empty_table(), paths[3])  # a shard without a cell counts as one
     assert bulk(copy, tmp_path / "none.h5ad", panel).shards == SHARDS
     (copy / "metadata/drug_metadata.parquet").unlink()
     one_line(MissingFile, copy, out, panel, "drug_metadata.parquet")
+    assert one_line(MissingFile, tmp_path / "nosuch", out, panel).startswith(f"no folder {tmp_path / 'nosuch'};")
 
 
 def test_no_cell_at_all(copy, panel, tmp_path):
@@ -398,6 +486,17 @@ def test_halves_of_effects_share_no_cell(release, panel, tmp_path):
     np.testing.assert_allclose(table.layers["half_b"][0], a[row].layers["half_b"][0] - a[same].layers["half_b"][0], atol=1e-12)
     whole = sum(a[same].layers[f"half_{h}"][0] * a.obs[f"n_{h}"][same].iloc[0] for h in "ab") / a.obs.n_cells[same].iloc[0]
     np.testing.assert_allclose(table.X[0], a[row].X[0] - whole, atol=1e-12)
+
+
+def test_effects_of_effects_are_refused(release, panel, tmp_path, fails, cli):
+    from perturbnb.data import effects
+    table = schema.read(bulk(release, tmp_path / "b.h5ad", panel).path)
+    for make in (tb.effects, effects.effects):
+        with pytest.raises(InputError, match=r"the table is a table of effects \(against dmso_tf_same_line.*prepare tahoe") as e: make(make(table, min_control_cells=1))
+        assert "\n" not in str(e.value)
+    effects.refuse_effects(table)  # levels pass
+    assert cli("prepare", "effects", tmp_path / "b.h5ad", tmp_path / "e.h5ad", "--min-control-cells", "1").returncode == 0
+    fails("prepare", "effects", tmp_path / "e.h5ad", tmp_path / "f.h5ad", words=["is a table of effects", "expected a bulk table"])
 
 
 def test_drugs_are_joined_by_name(copy, panel, tmp_path):

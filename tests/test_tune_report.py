@@ -109,10 +109,16 @@ def test_parts_share_nothing(screen, rule, seed):
 
 @pytest.mark.parametrize("text, said", [("lr = 0.1 to 0.01", "the lower end first"), ("lr = log 0 to 1", "above 0 in a log range"), ("speed = 1", "setting 'speed'"), ("width = 17", "the heads divide"),
                                         ("drug_dropout = 0 to 3", "below 1"), ("seed = 1 | 2", "luck"), ("rank", "name = low to high"), ("rank = 0 | 8", "rank=0"), ("loss = l1", "mse, huber"), ("lr = nan", "lr = nan"),
-                                        ("weight_decay = -1 to 1", "0 or more"), ("rank = 8 to eight", "low to high"), ("lr = 0.1; lr = 0.2", "twice"), ("epochs = 1 to 9", "epoch by epoch")])
+                                        ("weight_decay = -1 to 1", "0 or more"), ("rank = 8 to eight", "low to high"), ("lr = 0.1; lr = 0.2", "twice"), ("epochs = 1 to 9", "epoch by epoch"),
+                                        ("hidden = log 8 to 64", "whole numbers"), ("width = 16.0 to 64.0", "whole numbers"), ("rank = 1e9", "at most 16,384"), ("tokens = 16 | 99999", "at most 16,384"), ("batch = 32.5", "whole number")])
 def test_a_space_without_sense_is_refused_in_one_line(text, said):
     with pytest.raises(InputError, match=said.replace("(", r"\(")) as e: tune.read_space(text)
     assert "\n" not in str(e.value)
+
+
+def test_a_value_written_twice_counts_once():
+    space = tune.read_space("rank = 16 | 8 | 16; drug_dropout = 0.1 | 0.2 | 0.10; signed = true | none | true")
+    assert space == {"rank": [16, 8], "drug_dropout": [0.1, 0.2], "signed": [True, None]} and tune.n_settings(space) == 8
 
 
 @pytest.mark.parametrize("size", ["demo", "base", "large"])

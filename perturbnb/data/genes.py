@@ -29,6 +29,8 @@ def _text(path: "str | Path") -> str:
     if raw[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
         raise InputError(f"{path} is a spreadsheet or zip file", "plain text", "save the sheet as CSV or tab-separated text")
     if not raw.strip(): raise InputError(f"{path} is empty", "text", "make or fetch the file again")
+    if b"\0" in raw[:4096] and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):  # zeros are in no text but UTF-16, which begins with one of these two
+        raise InputError(f"{path} is no text", "a CSV with genes and values, or lists of genes as GMT or GRP", "of an .h5ad, save one row as CSV with the columns gene and value")
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError: raise InputError(f"{path} is no text in UTF-8", "UTF-8", "save the file as UTF-8") from None
 
@@ -314,11 +316,11 @@ def _listed(path: Path) -> "tuple[list, list]":
     if path.suffix.lower() not in (".gmt", ".gz") or ".grp" in path.name.lower():
         return [x.strip() for x in _text(path).splitlines() if x.strip() and not x.startswith("#")], []
     sets = read_gmt(path).sets
-    side = lambda *ends: [n for n in sets if n.upper().endswith(ends)]
-    up, down = side("_UP", "-UP", " UP"), side("_DN", "_DOWN", "-DN", "-DOWN", " DN", " DOWN")
+    side = lambda *ends: [n for n in sets if re.split("[-_ ]", n.upper())[-1] in ends]
+    up, down = side("UP"), side("DN", "DOWN")
     if len(sets) == 1 and not down: return list(*sets.values()), []
     if len(sets) != len(up) + len(down) or len(up) > 1 or len(down) > 1:
-        raise InputError(f"{path.name} holds the sets {', '.join(list(sets)[:4])}", "one set that ends in _UP and one that ends in _DN", "keep these two")
+        raise InputError(f"{path.name} holds the sets {', '.join(list(sets)[:4])}", "one set that is called up or ends in _UP, and one that is called down or ends in _DN", "keep these two")
     return [g for n in up for g in sets[n]], [g for n in down for g in sets[n]]
 
 # %% ../../nbs/data/06_genes.ipynb #21653a61
@@ -335,6 +337,12 @@ class Signature:
         return "; ".join([f"{len(self.values):,} of {self.n_measured:,} measured genes have a value ({self.kind})", fate_words(self.fates), *self.notes])
 
 # %% ../../nbs/data/06_genes.ipynb #47a028ab
+def _other_case(fates: pd.DataFrame, book: GeneNames) -> str:
+    "The cure if none of the names was found, and some would be in another case; empty otherwise."
+    n = 0 if fates.gene.notna().any() or book.ignore_case else sum(plain_id(name).upper() in book.by_case for name in fates.name)
+    return f"{n:,} would be found in another case (names of mice, or in small letters?): say ignore_case=True, or map mouse genes to their human orthologues first" if n else ""
+
+# %% ../../nbs/data/06_genes.ipynb #cc8ea6d5
 def _join(fates: pd.DataFrame, book: GeneNames, kind: str, what: str) -> Signature:
     "One value for each measured gene."
     t, notes = fates.dropna(subset=["gene"]), []
@@ -350,7 +358,7 @@ def _join(fates: pd.DataFrame, book: GeneNames, kind: str, what: str) -> Signatu
     values = values.reindex([i for i in book.ids.values() if i in values.index]).rename("value")
     if not len(values):
         raise InputError(f"{what}: {fate_words(fates)}", "at least one measured gene with a value",
-                         "see which names the data uses (var.symbol and its index), or give a table of names")
+                         _other_case(fates, book) or "see which names the data uses (var.symbol and its index), or give a table of names")
     if kind != "up/down lists" and values.eq(0).all():
         raise InputError(f"{what}: every value is 0", "values that differ", "choose another column")
     return Signature(values, fates, kind, len(book.ids), tuple(notes))

@@ -6,7 +6,7 @@
 __all__ = ['dispersion_scores', 'read_panel', 'read_hashes', 'Facts', 'tahoe_bulk', 'effects']
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #24b646f0
-import hashlib, json, os, threading, time
+import hashlib, json, os, signal, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -278,8 +278,8 @@ class _Sums:
         return self.at[condition, line]
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #a8084e6d
-def _add(sums: _Sums, batch: pa.RecordBatch, at, sign: int = 1) -> "tuple[int, int]":
-    "Add a batch (or take it back); its number of cells and the sum of its barcode hashes. Nothing is added unless all of it is sound."
+def _add(sums: _Sums, batch: pa.RecordBatch, at, sign: int = 1) -> np.ndarray:
+    "Add a batch (or take it back); the hashes of its barcodes. Nothing is added unless all of it is sound."
     job = sums.job
     condition, (code, names) = _condition(job, batch, at), _codes(batch, "cell_line_id", at)
     values, (start, text) = _values(job, batch, at, sums.room), _barcodes(batch, at)
@@ -290,23 +290,32 @@ def _add(sums: _Sums, batch: pa.RecordBatch, at, sign: int = 1) -> "tuple[int, i
         row = np.where(control, sums.rows(condition * 0, condition * 0)[0], -1).astype(np.int32)
     else: row = sums.rows(condition, sums.line_codes(code, names))
     _kernels()["scatter"](sums.acc, sums.n, row, half, sign, *values)
-    return batch.num_rows, int(number.sum(dtype=np.uint64))
+    return number
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #cc07a105
 def _add_shard(sums: _Sums, path: Path, tick=lambda n: None, threads: bool = False) -> dict:
     "Add all cells of a shard; their number and a fingerprint of their barcodes."
     def at(row): return lambda cell, came, expected, cure="fetch or make the shard again": InputError(f"{path}, row {row + cell + 1}: {came}", expected, cure)
-    done, cells, mark = 0, 0, 0
+    marks = []
     try:
         for row, batch in _row_groups(path, threads):
-            n, h = _add(sums, batch, at(row))
-            done, cells, mark = done + 1, cells + n, (mark + h) % 2**64
-            tick(n)
+            marks.append(_add(sums, batch, at(row)))
+            tick(batch.num_rows)
             del batch
+        every = np.concatenate([np.zeros(0, np.uint64), *marks])
+        if twice := _repeated(every): raise at(twice[1])(0, f"the barcode of row {twice[0] + 1} again", "each cell once")
     except BaseException:
-        for _, (row, batch) in zip(range(done), _row_groups(path)): tick(-_add(sums, batch, at(row), -1)[0])
+        for _, (row, batch) in zip(marks, _row_groups(path)): tick(-len(_add(sums, batch, at(row), -1)))
         raise
-    return {"cells": cells, "fingerprint": f"{mark:016x}"}
+    return {"cells": len(every), "fingerprint": f"{int(every.sum(dtype=np.uint64)):016x}"}
+
+def _repeated(marks: np.ndarray) -> "tuple[int, int] | None":
+    "Places of the first value that stands there twice, and where it stood before; None if all differ."
+    at = np.argsort(marks, kind="stable")
+    same = np.flatnonzero(marks[at[1:]] == marks[at[:-1]])
+    if not len(same): return None
+    first = same[np.argmin(at[same + 1])]
+    return int(at[first]), int(at[first + 1])
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #a7a62961
 def _key(conditions: pd.DataFrame, c: int, line: str) -> tuple:
@@ -515,6 +524,18 @@ class _Worker:
         if old: (self.work / old["file"]).unlink()
         self.since, self.cost = time.monotonic(), time.monotonic() - begin
 
+# %% ../../nbs/data/01a_tahoe_bulk.ipynb #10647168
+@contextmanager
+def _ctrl_c():
+    "A mark that the first Ctrl-C sets; a second one interrupts as usual."
+    asked, usual = threading.Event(), signal.default_int_handler
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is usual
+    def note(*_): asked.set(); signal.signal(signal.SIGINT, usual)
+    if mine: signal.signal(signal.SIGINT, note)
+    try: yield asked
+    finally:
+        if mine: signal.signal(signal.SIGINT, usual)
+
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #955424ba
 def _run_workers(paths: list, workers: int, make, progress) -> None:
     "Let threads count shards, each taking some neighbours at a time; the first error is raised once all have stopped."
@@ -535,12 +556,13 @@ def _run_workers(paths: list, workers: int, make, progress) -> None:
         finally:
             if sound: worker.snapshot()
             worker.sums = None  # it points back at the worker, and would live on
-    with ThreadPoolExecutor(workers) as pool:
+    with _ctrl_c() as asked, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, i) for i in range(workers)]
         try:
-            while not all(f.done() for f in futures): progress.show(); time.sleep(0.05)
-        finally: stop.set()  # an interruption: shards that are being counted are finished and kept
+            while not (asked.is_set() or all(f.done() for f in futures)): progress.show(); time.sleep(0.05)
+        finally: stop.set(); progress.bar.close()  # an interruption: shards that are being counted are finished and kept
     for f in futures: f.result()
+    if asked.is_set(): raise KeyboardInterrupt
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #13728039
 class _Progress:
@@ -687,8 +709,12 @@ def _finish(plan: dict, manifest: _Manifest, work: Path, out: Path, genes, sampl
     meta = {"scale": "log1p_cp10k", "reference": "none", "source": f"Tahoe-100M, {len(done)} shards, {int(n.sum())} cells", "hash": hashlib.sha256(every.encode()).hexdigest(),
             "panel": plan["how"], "halves": f"barcode hash, seed {plan['seed']}", "time": "time_h is assumed: the release states none",
             **({"skipped_shards": [f"{k}: {v}" for k, v in sorted(damaged.items())]} if damaged else {})}
-    with _writing(out, hdf5=True):
-        _write_table(work / "table.h5ad", _obs(keys, n, samples, drugs, plan["time_h"]), panel, meta, ((i, j, _layers(t, n[i:j])) for i, j, t in slices))
+    with _writing(out, hdf5=True), _ctrl_c() as asked:
+        def layers():
+            for i, j, t in slices:
+                yield i, j, _layers(t, n[i:j])
+                if asked.is_set(): raise KeyboardInterrupt
+        _write_table(work / "table.h5ad", _obs(keys, n, samples, drugs, plan["time_h"]), panel, meta, layers())
         manifest.state["finished"] = file_hash(work / "table.h5ad")
         _save(manifest.path, manifest.state)
         os.replace(work / "table.h5ad", out); _sync(out.parent)
@@ -742,12 +768,14 @@ def _take_up(work: Path, plan: dict) -> "tuple[dict, dict] | None":
 _PLAIN = {"asked": "gene panel", "tables": "metadata tables", "time_h": "hours"}
 
 # %% ../../nbs/data/01a_tahoe_bulk.ipynb #f3f90bbc
-def _unchanged(paths: list, state: dict) -> list:
-    "The shards still to count; `ChangedFile` if one that was counted is no longer what it was."
+def _unchanged(paths: list, state: dict, published: dict) -> list:
+    "The shards still to count; `ChangedFile` if one that was counted is no longer what it was, or is not the published one."
     done = state["shards"]
     for p in paths:
         if p.name not in done: continue
-        want, stat = done[p.name], p.stat()
+        want, stat, said = done[p.name], p.stat(), published.get(p.name) or recorded_hash(p)
+        if said is not None and said != want["sha256"]:
+            raise ChangedFile(f"{p.name} was counted with SHA-256 {want['sha256'][:12]}…", f"{said[:12]}… as published", "fetch the shard again, and start anew with resume=False (--no-resume)")
         if (stat.st_size, stat.st_mtime_ns) != (want["size"], want["mtime_ns"]) and file_hash(p) != want["sha256"]:
             raise ChangedFile(f"{p} is no longer what was counted (SHA-256 {want['sha256'][:12]}…)", "the shards of the earlier call", "put it back, or start anew with resume=False (--no-resume)")
     return [p for p in paths if p.name not in done]
@@ -782,9 +810,9 @@ def tahoe_bulk(
     "The bulk table of a Tahoe release."
     begin, root, out = time.monotonic(), Path(root), Path(out)
     _refuse_options(out, workers, n_genes, panel_shards, memory_gb, time_h)
+    paths = _chosen(_shards(root, partial or only is not None), only)
     tables = {k: getattr(tahoe, f"read_{k}s")(root / f"metadata/{k}_metadata.parquet") for k in ("gene", "sample", "drug")}
     _check_names(tables["sample"], tables["drug"], time_h)
-    paths = _chosen(tahoe.shards(root, partial=partial or only is not None), only)
     published = hashes if isinstance(hashes, dict) else read_hashes(hashes) if hashes else {}
     plan = _plan(root, paths, tables, panel, n_genes, panel_shards, seed, time_h, published)
     work, workers = out.with_name(f"{out.name}.work"), workers or _cores()
@@ -797,6 +825,12 @@ def _refuse_options(out: Path, workers, n_genes, panel_shards, memory_gb, time_h
     if out.suffix != ".h5ad": raise InputError(f"the output {out}", "a name that ends in .h5ad", "choose another name")
     for name, value, low in (("workers", 1 if workers is None else workers, 1), ("n_genes", n_genes, 1), ("panel_shards", panel_shards, 1), ("memory_gb", memory_gb, 0.001), ("time_h", time_h, 0)):
         if not value >= low: raise InputError(f"{name} {value}", f"{low} or more", "choose another number")
+
+def _shards(root: Path, partial: bool) -> list:
+    "The shards of a release."
+    if not root.is_dir(): raise MissingFile(f"no folder {root}", "a release with data/ and metadata/", "check the path")
+    try: return tahoe.shards(root, partial=partial)
+    except InputError as e: raise type(e)(e.came, e.expected, e.cure.replace("partial=True", "partial=True (--partial)")) from None
 
 def _chosen(paths: list, only) -> list:
     "The shards with these numbers."
@@ -812,27 +846,43 @@ def _make(begin, plan, tables, paths, work, out, panel, workers, memory_gb, publ
     import shutil
     if not resume: shutil.rmtree(work, ignore_errors=True)
     plan, state = _take_up(work, plan) or (plan, None)
+    todo = _unchanged(paths, state or {"shards": {}}, published)
     if state and out.is_file() and state.get("finished") == file_hash(out): return _facts(begin, out, state, work, tables["drug"], 0)
     if out.exists() and not overwrite: raise OutputError(f"{out} is there already", "a new name", "choose another name, or say overwrite (--overwrite) to replace it")
-    work.mkdir(exist_ok=True); _sweep(work, state)
+    if work.is_dir(): _sweep(work, state)
     manifest = _Manifest(work / "manifest.json", state and {**state, "damaged": {}})
-    todo = _unchanged(paths, manifest.state)
-    if "panel" not in plan:
-        asked = plan["asked"]
-        ids, how = (asked, "genes that were named") if isinstance(asked, list) and asked[0] != "hvg" else (tables["gene"]["ensembl_id"].tolist(), "all genes of the vocabulary") if asked == "all" else \
-            _hvg(paths, asked[1], asked[2], tables["gene"], tables["sample"], plan["seed"], workers, published, skip, show)
-        plan |= {"panel": ids, "how": how}
-    _save(work / "plan.json", plan)
-    bar, lineage = _Progress(todo, "pseudobulk", show), f"{len(manifest.state['partials']):04d}"
-    budget = memory_gb * 1e9 / workers
+    with _stopped(manifest, paths, "" if resume else " without --no-resume (resume=False)"):
+        if "panel" not in plan: plan |= _found_panel(plan["asked"], paths, tables, plan["seed"], workers, published, skip, show)
+        work.mkdir(exist_ok=True)
+        _save(work / "plan.json", plan)
+        bar = _Progress(todo, "pseudobulk", show)
+        _count(plan, tables, todo, work, workers, memory_gb, published, skip, client, manifest, bar)
+        _finish(plan, manifest, work, out, tables["gene"], tables["sample"], tables["drug"])
+    return _facts(begin, out, manifest.state, work, tables["drug"], bar.cells)
+
+def _found_panel(asked, paths: list, tables: dict, seed: int, workers: int, *rest) -> dict:
+    "Ensembl ids of the panel that was asked for, and how they were found."
+    genes = tables["gene"]
+    if asked == "all": return {"panel": genes["ensembl_id"].tolist(), "how": "all genes of the vocabulary"}
+    if asked[0] != "hvg": return {"panel": asked, "how": "genes that were named"}
+    if asked[1] > len(genes): raise InputError(f"a panel of {asked[1]:,} genes from a vocabulary of {len(genes):,}", "fewer genes than that", f"say n_genes={len(genes) // 2} (--n-genes), or panel all")
+    return dict(zip(("panel", "how"), _hvg(paths, asked[1], asked[2], genes, tables["sample"], seed, workers, *rest)))
+
+def _count(plan: dict, tables: dict, todo: list, work: Path, workers: int, memory_gb: float, published: dict, skip: bool, client, manifest: _Manifest, bar: _Progress) -> None:
+    "Count the shards that are not yet counted."
+    lineage, n = f"{len(manifest.state['partials']):04d}", min(workers, len(todo))
     if client is not None: _run_dask(client, work, lineage, todo, memory_gb * 1e9, skip, manifest, bar)
     elif todo:
         job = _make_job(tables["gene"], tables["sample"], plan["panel"], plan["seed"])
-        n = min(workers, len(todo))
-        _run_workers(todo, n, lambda i: _Worker(job, work, f"{lineage}-{i}", manifest, budget, published, skip, bar.tick, n < _cores()), bar)
+        _run_workers(todo, n, lambda i: _Worker(job, work, f"{lineage}-{i}", manifest, memory_gb * 1e9 / workers, published, skip, bar.tick, n < _cores()), bar)
     bar.bar.close()
-    _finish(plan, manifest, work, out, tables["gene"], tables["sample"], tables["drug"])
-    return _facts(begin, out, manifest.state, work, tables["drug"], bar.cells)
+
+@contextmanager
+def _stopped(manifest: _Manifest, paths: list, but: str):
+    "Say how far an interrupted run has come."
+    try: yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after {len(manifest.state['shards'])} of {len(paths)} shards; the same command{but} goes on where it stopped") from None
 
 def _facts(begin, out: Path, state: dict, work: Path, drugs: pd.DataFrame, counted: int) -> Facts:
     "Read back what was written, put the manifest beside it, and clear the work folder."
@@ -852,6 +902,8 @@ def effects(
     missing: str = "drop",  # rows without a control: drop (they are listed in uns["perturbnb"]["no_control"]), or raise
 ) -> "AnnData":  # treated rows by genes; layers se, half_a, half_b; obs control and n_control_cells
     "The signature table of a bulk table, with the effect in each half of the cells."
+    if (reference := dict(bulk.uns.get("perturbnb", {})).get("reference", "none")) != "none":
+        raise InputError(f"the table is a table of effects (against {reference})", "a bulk table", "give the table of `perturbnb prepare tahoe`")
     if lost := [x for x in ("half_a", "half_b") if x not in bulk.layers or f"n_{x[-1]}" not in bulk.obs]:
         raise InputError(f"a table without {lost[0]}", "a bulk table of tahoe_bulk", "make it with tahoe_bulk, or use schema.delta, which needs no halves")
     table = schema.delta(bulk, min_control_cells=min_control_cells, missing=missing)

@@ -38,6 +38,8 @@ def default_space(
             "drug_dropout": (0.0, 0.6), "weight_decay": ("log", 1e-4, 1.0), "lambda_rank": [0.0, 0.03, 0.3]}
 
 # %% ../../nbs/interpret/22_tune_study.ipynb #d75b7daf
+_WHOLE, _LARGEST = ("rank", "width", "heads", "layers", "tokens", "hidden", "batch", "patience"), 2**14  # whole numbers, and the largest that is tried
+
 def _value(text: str):
     "A number, a truth value, None or a word."
     text = text.strip()
@@ -48,11 +50,15 @@ def _value(text: str):
 
 def _part(name: str, text: str, default):
     "What may be tried of one setting."
-    if "|" in text or " to " not in text: return [_value(v) for v in text.split("|")]
+    if "|" in text or " to " not in text:
+        every = [_value(v) for v in text.split("|")]
+        return list({(isinstance(v, bool), v): v for v in every}.values())  # each once; 1 and true are two
     log, body = text.startswith("log "), text.removeprefix("log ")
     ends = tuple(map(_value, body.split(" to ")))
     if len(ends) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in ends):
         raise InputError(f"{name} = {text}", "low to high, log low to high, or values with | between", f"for example {name} = 1 to 2")
+    if name in _WHOLE and (log or not all(isinstance(v, int) for v in ends)):
+        raise InputError(f"{name} = {text}", f"whole numbers, evenly or one by one: {name} is one", f"write {name} = 8 to 64, or {name} = 8 | 16 | 32 | 64")
     if ends[0] > ends[1] or log and ends[0] <= 0:
         raise InputError(f"{name} = {text}", "the lower end first, and above 0 in a log range", f"for example {name} = {'log ' * log}0.1 to 0.5")
     return ("log", *map(float, ends)) if log else tuple(map(float, ends)) if isinstance(default, float) else ends
@@ -81,6 +87,7 @@ def _allowed(size: str, space: dict) -> None:
     for name, s in space.items():
         for v in _tried(s):
             if name in _INSIDE and not _within(v, *_INSIDE[name]): raise InputError(f"{name} = {v!r}", _INSIDE[name][2], "narrow the space")
+            if name in _WHOLE and v is not None and (type(v) is not int or v > _LARGEST): raise InputError(f"{name} = {v!r}", f"a whole number of at most {_LARGEST:,}", "narrow the space")
             if name in _WORDS and v not in _WORDS[name]:
                 raise InputError(f"{name} = {v!r}", f"one of {', '.join(_WORDS[name])}", nearest(str(v), _WORDS[name]))
             if not (pair and name in ("width", "heads")): settings_of(size, **{name: v})
