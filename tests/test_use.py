@@ -11,10 +11,12 @@ from perturbnb.data.audit import LeakError
 from perturbnb.data.schema import write
 from perturbnb.data.split import split
 from perturbnb.interpret.domain import Domain, attach, domain_of, left_out_errors, line_distance, measures, outside, training_domain
+from perturbnb.interpret.forward_study import usable
 from perturbnb.interpret.use import (as_signature, calibrate, hierarchical_width, predict_command, predict_effect, rank_command,
                                      rank_drugs)
 from perturbnb.models.base import example_table, load_model
 from perturbnb.models.baselines import baseline
+from perturbnb.models.f_r import ForwardModel
 from perturbnb.models.rank import Library, by_drug, candidate_effects, candidates, inverse_baselines, inverse_evaluation, rank_candidates
 
 SMILES = {"aspirin": "CC(=O)Oc1ccccc1C(=O)O", "ibuprofen": "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "naproxen": "COc1ccc2cc(ccc2c1)C(C)C(=O)O",
@@ -287,3 +289,67 @@ def test_ranked_table_agrees_with_the_evaluation(screen):
     hit = (first[test.obs_names].to_numpy() == test.obs.pert.to_numpy())
     values = inverse_evaluation({"ridge": ridge}, screen, held, lines=["same"], relevances=["drug"]).values.set_index("query")["hit_at_1@1"]
     np.testing.assert_allclose(hit, values[test.obs_names], atol=1e-9)
+
+
+# ---- a trained network, from the saved folder: what `perturbnb predict` and `perturbnb rank` do ----
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    "Two seeds of a tiny forward model, made usable as the study does and saved; a signature; the controls of all lines."
+    r, names = rng(0, "tests.use.network"), [d for d in SMILES if SMILES[d]]
+    lines, genes = ["L1", "L2", "L3", "L4", "L5"], [f"ENSG{j:011d}" for j in range(GENES)]
+    own, gain, level = r.standard_normal((len(names), GENES)), r.uniform(0.6, 1.4, 6), r.uniform(0, 3, (6, GENES))
+    rows = [(i, l, d) for i in range(len(names)) for l in range(5) for d in (0.5, 5.0)]
+    x = np.array([own[i] * gain[l] * d / (d + 1) for i, l, d in rows]) + 0.1 * r.standard_normal((len(rows), GENES))
+    table = example_table([names[i] for i, *_ in rows], x, [lines[l] for _, l, _ in rows], smiles=[SMILES[names[i]] for i, *_ in rows], genes=genes)
+    table.obs["dose_um"], table.obs["batch"], table.obs["n_cells"] = [d for *_, d in rows], [f"p{d}" for *_, d in rows], 100
+    table.obs_names = [f"{names[i]}|{lines[l]}|{d}" for i, l, d in rows]
+    table.var["symbol"] = [f"SYM{j}" for j in range(GENES)]
+    table.layers["other"] = table.X + 0.02 * r.standard_normal(table.shape)
+    at = [(l, d) for l in range(6) for d in (0.5, 5.0)]
+    obs = pd.DataFrame({"pert": "DMSO", "pert_type": "control", "cell_line": [[*lines, "NEW"][l] for l, _ in at], "dose_um": 0.0, "time_h": 24.0, "batch": [f"p{d}" for _, d in at],
+                        "n_cells": 50}, [f"c{l}{d}" for l, d in at])
+    both = ad.AnnData(np.maximum(level[[l for l, _ in at]] + 0.1 * r.standard_normal((len(at), GENES)), 0), obs, table.var.copy(),
+                      uns={"perturbnb": {"scale": "log1p_cp10k", "reference": "none", "source": "test", "hash": "2" * 64}})
+    ours = both[both.obs.cell_line != "NEW"].copy()
+    held, folder = split("pair", table, 0, test=0.1, val=0.4), tmp_path_factory.mktemp("network")
+    for seed in (0, 1):
+        m = ForwardModel(ours, size="demo", rank=6, width=16, heads=2, tokens=6, hidden=8, batch=32, epochs=12, seed=seed).fit(table[held.mask(table, "train")], table[held.mask(table, "val")])
+        usable(m, table, ours, held)
+        m.save(folder / "models" / f"seed{seed}", split=held)
+    pd.Series(own[0], table.var.symbol, name="log2fc").rename_axis("symbol").to_csv(folder / "sig.csv")
+    pd.Series(-own[0], table.var.symbol, name="log2fc").rename_axis("symbol").to_csv(folder / "turned.csv")
+    write(both, folder / "bulk.h5ad")
+    write(both[both.obs.cell_line == "NEW"].copy(), folder / "new.h5ad")
+    return folder, names[0]
+
+
+def test_a_saved_network_answers_predict(network, tmp_path):
+    folder, drug = network
+    asked = dict(drug=drug, cell_line="L2", dose_um=5.0)
+    text = predict_command(folder / "models" / "seed0", **asked, out=tmp_path / "e.csv")
+    assert text.startswith(f"{drug} at 5 µM in L2") and "95% interval" in text and "SYM" in text and "no plate" not in text
+    table = pd.read_csv(tmp_path / "e.csv")
+    m = load_model(folder / "models" / "seed0")
+    row = pd.DataFrame({"pert": [drug], "cell_line": "L2", "dose_um": 5.0, "smiles": SMILES[drug], "batch": None}).astype({"batch": object})
+    np.testing.assert_allclose(table.delta, m.predict(row)[0], rtol=1e-4, atol=1e-6)
+    assert (table.high > table.delta).all() and table.control.notna().all()
+    one = predict_effect(folder / "models" / "seed0", **asked)
+    assert any("was in training" in t for t in one.domain.text) and not one.domain.outside.any() and not one.warnings
+    two = predict_effect(folder / "models", **asked)  # the folder of both: an ensemble
+    alone = [predict_effect(folder / "models" / f"seed{s}", **asked).table.delta for s in (0, 1)]
+    np.testing.assert_allclose(two.table.delta, np.mean(alone, axis=0), atol=1e-6)
+    assert len(two.settings["models"]) == 2 and "2 member(s)" in predict_command([folder / "models" / "seed0", folder / "models" / "seed1"], **asked)
+
+
+def test_a_saved_network_answers_rank(network, tmp_path):
+    folder, drug = network
+    for source in (folder / "models" / "seed0", folder / "models"):
+        ranked = rank_drugs(source, folder / "sig.csv", n_random=50)
+        assert ranked.table.pert[0] == drug and "120 of 120" in ranked.overlap and ranked.table.best_line.isin(["L1", "L2", "L3", "L4", "L5"]).all()
+    here = rank_drugs(folder / "models" / "seed0", folder / "sig.csv", cell_line="L3", n_random=50)
+    assert here.table.pert[0] == drug and (here.table.best_line == "L3").all()
+    undone = rank_drugs(folder / "models", folder / "turned.csv", reverse=True, n_random=50)
+    np.testing.assert_allclose(undone.table.score, rank_drugs(folder / "models", folder / "sig.csv", n_random=50).table.score)
+    text = rank_command(folder / "models", folder / "turned.csv", reverse=True, cell_line="L3", n_random=50, progress=False, out=tmp_path / "r.csv")
+    assert text.startswith("Drugs that reverse the signature") and "2 member(s)" in text and pd.read_csv(tmp_path / "r.csv").pert[0] == drug
