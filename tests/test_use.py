@@ -1,5 +1,6 @@
 "Predicting the effect of a compound and ranking drugs for a signature: what comes out, and a long list of bad input."
 import json
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -12,7 +13,7 @@ from perturbnb.data.schema import write
 from perturbnb.data.split import split
 from perturbnb.interpret.domain import Domain, attach, domain_of, left_out_errors, line_distance, measures, outside, training_domain
 from perturbnb.interpret.forward_study import usable
-from perturbnb.interpret.use import (as_signature, calibrate, hierarchical_width, predict_command, predict_effect, rank_command,
+from perturbnb.interpret.use import (_close, _errors, _half, _largest, _widths, as_signature, calibrate, hierarchical_width, predict_command, predict_effect, rank_command,
                                      rank_drugs)
 from perturbnb.models.base import example_table, load_model
 from perturbnb.models.baselines import baseline
@@ -214,7 +215,7 @@ def test_members_and_calibration(screen, model):
     m = calibrate(baseline("ridge_morgan", dose=True).fit(part("train")), part("test"))
     assert set(m.names["residuals"]["half"]) == {"0.8", "0.9", "0.95"}
     inside = predict_effect(m, **ASK)
-    np.testing.assert_allclose(inside.table.high - inside.table.delta, m.names["residuals"]["half"]["0.95"], rtol=1e-4)
+    np.testing.assert_allclose(inside.table.high - inside.table.delta, _half(m.names["residuals"], inside.table.delta.to_numpy(), 0.95), rtol=1e-4)
     assert hierarchical_width(np.ones((5, 2)), range(5), 0.95) is None
     np.testing.assert_array_equal(hierarchical_width(np.arange(1, 20.0)[:, None], range(19), 0.95), [19])
 
@@ -353,3 +354,81 @@ def test_a_saved_network_answers_rank(network, tmp_path):
     np.testing.assert_allclose(undone.table.score, rank_drugs(folder / "models", folder / "sig.csv", n_random=50).table.score)
     text = rank_command(folder / "models", folder / "turned.csv", reverse=True, cell_line="L3", n_random=50, progress=False, out=tmp_path / "r.csv")
     assert text.startswith("Drugs that reverse the signature") and "2 member(s)" in text and pd.read_csv(tmp_path / "r.csv").pert[0] == drug
+
+
+def test_controls_of_known_and_of_new_lines(network):
+    folder, drug = network
+    asked = dict(drug=drug, dose_um=5.0)
+    model, bulk = folder / "models" / "seed0", folder / "bulk.h5ad"  # the bulk file holds the model's own lines as well
+    new = predict_effect(model, **asked, cell_line="NEW", controls=bulk)
+    only = predict_effect(model, **asked, cell_line="NEW", controls=folder / "new.h5ad")
+    pd.testing.assert_frame_equal(new.table, only.table)
+    assert new.table.control.notna().all() and any(t.startswith("line: NEW was not in training") for t in new.domain.text)
+    known, plain = predict_effect(model, **asked, cell_line="L2", controls=bulk), predict_effect(model, **asked, cell_line="L2")
+    pd.testing.assert_frame_equal(known.table, plain.table)
+    assert any("control states of L2: they are used" in n for n in known.question.notes) and not any("control states" in n for n in plain.question.notes)
+    with pytest.raises(PerturbError, match="no controls"): predict_effect(model, **asked, cell_line="NEW")
+    with pytest.raises(PerturbError, match="no control of the line 'NEVER'"): predict_effect(model, **asked, cell_line="NEVER", controls=bulk)
+    there = rank_drugs(folder / "models", folder / "sig.csv", cell_line="NEW", controls=bulk, n_random=50)
+    assert there.table.pert[0] == drug and (there.table.best_line == "NEW").all() and not any("is not given" in w for w in there.warnings)
+    assert any("they are used" in w for w in rank_drugs(folder / "models", folder / "sig.csv", cell_line="L2", controls=bulk, n_random=50).warnings)
+
+
+def test_a_line_that_was_held_out_is_known_by_its_controls(network, tmp_path):
+    folder, drug = network
+    m = load_model(folder / "models" / "seed0")
+    d = domain_of(m)
+    attach(m, replace(d, lines=tuple(l for l in d.lines if l != "L5"), controls=d.controls.drop("L5")))
+    e = predict_effect(m, drug=drug, cell_line="L5", dose_um=5.0)
+    assert e.table.control.notna().all() and any("L5 was not in training; its control state is" in t for t in e.domain.text)
+
+
+def growing(n, seed):
+    "Screen whose effects no drug mean can tell, the more the larger: errors grow with the prediction."
+    r, names = rng(seed, "tests.use.growing"), [f"d{i}" for i in range(n)]
+    mean = rng(7, "tests.use.growing").standard_normal((n, 200)) * rng(8, "tests.use.growing").exponential(0.2, 200)
+    x = np.concatenate([mean * (1 + 0.5 * r.standard_normal(mean.shape)) + 0.02 * r.standard_normal(mean.shape) for _ in LINES])
+    table = example_table(names * 3, x, np.repeat(LINES, n), genes=[f"ENSG{j:011d}" for j in range(200)])
+    table.obs_names = table.obs.pert + "|" + table.obs.cell_line + f"|{seed}"
+    return table
+
+
+def test_widths_hold_among_the_largest_changes():
+    train, val, new = (growing(150, s) for s in (1, 2, 3))
+    m = calibrate(baseline("drug_mean").fit(train), val)
+    r, y = m.names["residuals"], m.predict(new.obs)
+    inside = np.abs(new.X - y) <= _half(r, y, 0.95)
+    top = _largest(np.abs(y))
+    one = np.abs(new.X - y) <= _widths(*_errors(m, val), np.arange(val.n_obs), 0.95)[0]
+    assert r["growth"] > 0 and 0.94 < inside.mean() < 0.97 and inside[top].mean() > one[top].mean() + 0.05 and inside[top].mean() > 0.91
+    np.testing.assert_allclose(r["held"]["0.95"], [inside.mean(), inside[top].mean()], atol=0.02)  # what was said beforehand
+    assert json.loads(json.dumps(r)) == r
+    for k in ("slope", "held", "growth"): r.pop(k)  # as an earlier release saved it
+    old = predict_effect(m, drug="d1", cell_line="L1", dose_um=1.0)
+    np.testing.assert_allclose(old.table.high - old.table.delta, r["half"]["0.95"], rtol=1e-4)
+    assert "at least 95% of the errors" in old.interval and "largest" not in old.interval
+
+
+def test_the_unit_follows_the_split(tmp_path):
+    train, val = growing(60, 1), growing(60, 2)
+    m = baseline("drug_mean").fit(train)
+    m.split = {"name": "unseen_drug", "seed": 0, "hash": "x"}
+    assert calibrate(m, val).names["residuals"]["unit"] == ["pert"] and m.names["residuals"]["n_units"] == 60
+    assert "may be too narrow" not in predict_effect(m, drug="d1", cell_line="L1", dose_um=1.0).interval
+    said = predict_effect(calibrate(m, val, ("pert", "cell_line")), drug="d1", cell_line="L1", dose_um=1.0).interval
+    assert "the split held out pert" in said and "too narrow" in said
+    assert calibrate(m, val, "cell_line").names["residuals"]["half"] == {}  # three lines carry no width
+    none = predict_effect(m, drug="d1", cell_line="L1", dose_um=1.0)
+    assert none.interval.startswith("none: the validation rows were too few")
+
+
+def test_small_things_that_are_said(model, network):
+    folder, drug = network
+    for level in (np.float32(0.95), np.float64(0.95)): assert "95%" in predict_effect(folder / "models" / "seed0", drug=drug, cell_line="L1", dose_um=1.0, level=level).interval
+    half = predict_effect(folder / "models" / "seed0", drug=drug, cell_line="L1", dose_um=1.0, level=0.5)
+    assert half.interval.startswith("none: the model keeps widths for 80%, 90%, 95%, not for 50%") or half.interval.startswith("middle")
+    names = ["Trametinib (DMSO_TF solvate)", *(f"drug {i}" for i in range(60))]
+    assert _close("Trametinib", names) == "did you mean 'Trametinib (DMSO_TF solvate)'?"
+    assert _close("nosuch", names).count("drug") == 4 and "there are 61" in _close("nosuch", names) and _close("drug", names).count("'") == 10
+    with pytest.raises(PerturbError) as e: predict_effect(model, drug="zzz", cell_line="L1", dose_um=1.0)
+    assert "there are 12, such as" in str(e.value)
