@@ -195,4 +195,4 @@ def test_sharing_says_what_the_numbers_say(finished):
     assert "can be told from none" in same and "would rise" not in same and "every other drug" not in same
     assert "no interval for these changes" in with_numbers(low=np.nan, high=np.nan)
     ahead = with_numbers(as_measured=lambda t: np.where(t.model == "f_p", .3, .5))
-    assert "the encoder behind by 0.20" in ahead and "by -" not in ahead and "by −" not in ahead
+    assert "would then be behind it by 0.20" in ahead and "by -" not in ahead and "by −" not in ahead

@@ -148,7 +148,7 @@ def _moved(name: str, r) -> str:
     verb = "would go" if r.low != r.low or r.low <= 0 <= r.high else "would rise" if r.low > 0 else "would fall"
     return f"{name} {verb} from {r.leak_free:.2f} to {r.as_measured:.2f} (difference {plot.interval(r.value, r.low, r.high, '+.2f')})"
 
-def _ahead(x: float, leads: str, trails: str) -> str: return "level" if abs(x) < .005 else f"{leads if x > 0 else trails} by {abs(x):.2f}"
+def _ahead(x: float) -> str: return "level with it" if abs(x) < .005 else f"{'ahead of it' if x > 0 else 'behind it'} by {abs(x):.2f}"
 
 def sharing_sentence(found: dict, rule: str) -> str:
     "What sharing the control cells does to the encoder and to the best look-up."
@@ -159,7 +159,7 @@ def sharing_sentence(found: dict, rule: str) -> str:
            else "There is no interval for these changes." if two.low.isna().all() else "Neither change can be told from none.")
     gap = lambda c: two[c]["f_p"] - two[c][b]
     return (f"All numbers are **leak-free**: the control cells of a query are others than those of the training profiles. With the same control cells on both sides, as is usual, {_moved('the encoder', two.loc['f_p'])} in the {RULE_WORDS[rule]}, and "
-            f"{_moved(f'the best baseline, {_said(b)},', two.loc[b])}. The two would then be {_ahead(gap('as_measured'), 'apart, the encoder ahead', 'apart, the encoder behind')}; leak-free they are {_ahead(gap('leak_free'), 'apart, the encoder ahead', 'apart, the encoder behind')}. {end}")
+            f"{_moved(f'the best baseline, {_said(b)},', two.loc[b])}. By these means alone the encoder would then be {_ahead(gap('as_measured'))}; leak-free it is {_ahead(gap('leak_free'))}. {end}")
 
 def blind_sentence(facts: pd.DataFrame) -> str:
     "That labels of the queries changed nothing."
