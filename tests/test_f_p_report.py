@@ -125,10 +125,10 @@ def test_words_say_no_more_than_the_intervals(finished):
     worse = {**found, "leads": found["leads"].assign(low=-.2, high=-.1)}
     assert "beats the best simple baseline nowhere; it is worse in every split" in words.headline(worse) and "it is below chance in every split" in words.headline(worse)
     none = {**found, "leads": found["leads"].assign(low=np.nan, high=np.nan)}
-    assert "there is no interval in every split" in words.headline(none)
+    assert "there is no interval in every split" in words.headline(none) and "nowhere" not in words.headline(none)
     bare = {k: t[~t.model.isin(["perfect"])] if "model" in t else t[~t.baseline.isin(["perfect"])] if "baseline" in t else t for k, t in found.items()}
     bare["ways"] = found["ways"].query("reference == 'repeat'")
-    assert "best possible" not in words.answer_table(bare, "drug") and "measured twice" in words.way_sentence(bare)
+    assert "best possible" not in words.answer_table(bare, "drug") and "measured twice" in words.way_sentence(bare) and "not a ceiling" in words.way_sentence(bare)
 
 
 def test_the_saved_model_ranks_drugs(screen, finished):
@@ -146,3 +146,53 @@ def test_errors_say_what_to_do(screen):
     table = screen[1]
     with pytest.raises(InputError, match="one of demo, base, large"): study.run_response(table, "pair", 0, size="huge")
     with pytest.raises(InputError, match="did you mean 'pair'"): study.run_response(table, "pairs", 0)
+
+
+def scored(seed, gap, n_drugs=12, n_lines=8, n_seeds=3):
+    "Encoder, chance and a look-up: errors of drugs, lines, rows and seeds; the encoder is above the look-up by the gap."
+    r = np.random.default_rng(seed)
+    obs = pd.DataFrame([(f"D{i}", f"L{k}") for i in range(n_drugs) for k in range(n_lines)], columns=["pert", "cell_line"])
+    obs.index = obs.pert + "|" + obs.cell_line
+    own = lambda s: r.normal(0, s, n_drugs)[:, None] + r.normal(0, s, n_lines)[None] + r.normal(0, s, (n_drugs, n_lines))
+    base, lift, rows = own(.05) + .6, own(.08) + gap, []
+    for s in range(n_seeds):
+        fp = base + lift + r.normal(0, .05) + r.normal(0, .05, base.shape)
+        for m, x in (("f_p", fp), ("chance", np.full(base.shape, .1)), ("repeat", base)):
+            rows.append(pd.DataFrame({"name": obs.index, "model": m, "task": "drug", "protocol": "leak-free", "seed": s, study.DRUG: x.ravel()}))
+    return pd.concat(rows, ignore_index=True), obs
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_share_says_no_more_than_the_difference(seed):
+    rows, obs = scored(seed, .03)
+    w = rows.pivot_table(index=["name", "seed"], columns="model", values=study.DRUG)
+    d = forward.over_splits((w["f_p"] - w["repeat"]).rename("x").to_frame(), obs, n_boot=300).iloc[0]
+    way = study.way_gone(rows, obs, "drug", study.DRUG, n_boot=300).iloc[0]
+    assert way.share == pytest.approx((way.score - .1) / (way.top - .1))
+    length = (way.high - way.low) * (way.top - way.chance)
+    assert length > .9 * (d.high - d.low)  # in the unit of the metric, no narrower than the difference (up to the error of the reference)
+    one = study.way_gone(rows[rows.seed == 0], obs, "drug", study.DRUG, n_boot=300).iloc[0]
+    assert "1 seed(s)" in one.note
+
+
+def test_a_look_up_that_is_beaten_is_no_ceiling(finished):
+    found = finished[1]
+    low = {**found, "ways": found["ways"].query("reference == 'repeat'").assign(top=.01)}
+    assert "no share is given" in words.way_sentence(low) and "% of its way" not in words.way_sentence(low).replace("\xa0", " ")
+    assert (words.way_table(low)["way to measured twice"] == "–").all()
+    high = {**low, "ways": low["ways"].assign(top=1.1)}
+    assert "no share is given" not in words.way_sentence(high) and "of its way from chance" in words.way_sentence(high)
+    kinds = words.forest_rows(found, "pair", "drug").set_index("name").kind
+    assert kinds["measured twice (reference)"] == "control" and kinds["best possible"] == "ceiling"
+
+
+def test_sharing_says_what_the_numbers_say(finished):
+    found = finished[1]
+    with_numbers = lambda **k: words.sharing_sentence({**found, "worth": found["worth"].assign(**k)}, "pair")
+    assert "would rise" in with_numbers(value=.1, low=.05, high=.2) and "flatters" in with_numbers(value=.1, low=.05, high=.2)
+    assert "would fall" in with_numbers(value=-.1, low=-.2, high=-.05) and "every other drug of its plate" in with_numbers(value=-.1, low=-.2, high=-.05)
+    same = with_numbers(value=0.0, low=-.1, high=.1)
+    assert "can be told from none" in same and "would rise" not in same and "every other drug" not in same
+    assert "no interval for these changes" in with_numbers(low=np.nan, high=np.nan)
+    ahead = with_numbers(as_measured=lambda t: np.where(t.model == "f_p", .3, .5))
+    assert "would then be behind it by 0.20" in ahead and "by -" not in ahead and "by −" not in ahead

@@ -1,5 +1,6 @@
 "Predicting the effect of a compound and ranking drugs for a signature: what comes out, and a long list of bad input."
 import json
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -11,10 +12,12 @@ from perturbnb.data.audit import LeakError
 from perturbnb.data.schema import write
 from perturbnb.data.split import split
 from perturbnb.interpret.domain import Domain, attach, domain_of, left_out_errors, line_distance, measures, outside, training_domain
-from perturbnb.interpret.use import (as_signature, calibrate, hierarchical_width, predict_command, predict_effect, rank_command,
+from perturbnb.interpret.forward_study import usable
+from perturbnb.interpret.use import (_close, _errors, _half, _largest, _widths, as_signature, calibrate, hierarchical_width, predict_command, predict_effect, rank_command,
                                      rank_drugs)
 from perturbnb.models.base import example_table, load_model
 from perturbnb.models.baselines import baseline
+from perturbnb.models.f_r import ForwardModel
 from perturbnb.models.rank import Library, by_drug, candidate_effects, candidates, inverse_baselines, inverse_evaluation, rank_candidates
 
 SMILES = {"aspirin": "CC(=O)Oc1ccccc1C(=O)O", "ibuprofen": "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "naproxen": "COc1ccc2cc(ccc2c1)C(C)C(=O)O",
@@ -212,7 +215,7 @@ def test_members_and_calibration(screen, model):
     m = calibrate(baseline("ridge_morgan", dose=True).fit(part("train")), part("test"))
     assert set(m.names["residuals"]["half"]) == {"0.8", "0.9", "0.95"}
     inside = predict_effect(m, **ASK)
-    np.testing.assert_allclose(inside.table.high - inside.table.delta, m.names["residuals"]["half"]["0.95"], rtol=1e-4)
+    np.testing.assert_allclose(inside.table.high - inside.table.delta, _half(m.names["residuals"], inside.table.delta.to_numpy(), 0.95), rtol=1e-4)
     assert hierarchical_width(np.ones((5, 2)), range(5), 0.95) is None
     np.testing.assert_array_equal(hierarchical_width(np.arange(1, 20.0)[:, None], range(19), 0.95), [19])
 
@@ -287,3 +290,145 @@ def test_ranked_table_agrees_with_the_evaluation(screen):
     hit = (first[test.obs_names].to_numpy() == test.obs.pert.to_numpy())
     values = inverse_evaluation({"ridge": ridge}, screen, held, lines=["same"], relevances=["drug"]).values.set_index("query")["hit_at_1@1"]
     np.testing.assert_allclose(hit, values[test.obs_names], atol=1e-9)
+
+
+# ---- a trained network, from the saved folder: what `perturbnb predict` and `perturbnb rank` do ----
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    "Two seeds of a tiny forward model, made usable as the study does and saved; a signature; the controls of all lines."
+    r, names = rng(0, "tests.use.network"), [d for d in SMILES if SMILES[d]]
+    lines, genes = ["L1", "L2", "L3", "L4", "L5"], [f"ENSG{j:011d}" for j in range(GENES)]
+    own, gain, level = r.standard_normal((len(names), GENES)), r.uniform(0.6, 1.4, 6), r.uniform(0, 3, (6, GENES))
+    rows = [(i, l, d) for i in range(len(names)) for l in range(5) for d in (0.5, 5.0)]
+    x = np.array([own[i] * gain[l] * d / (d + 1) for i, l, d in rows]) + 0.1 * r.standard_normal((len(rows), GENES))
+    table = example_table([names[i] for i, *_ in rows], x, [lines[l] for _, l, _ in rows], smiles=[SMILES[names[i]] for i, *_ in rows], genes=genes)
+    table.obs["dose_um"], table.obs["batch"], table.obs["n_cells"] = [d for *_, d in rows], [f"p{d}" for *_, d in rows], 100
+    table.obs_names = [f"{names[i]}|{lines[l]}|{d}" for i, l, d in rows]
+    table.var["symbol"] = [f"SYM{j}" for j in range(GENES)]
+    table.layers["other"] = table.X + 0.02 * r.standard_normal(table.shape)
+    at = [(l, d) for l in range(6) for d in (0.5, 5.0)]
+    obs = pd.DataFrame({"pert": "DMSO", "pert_type": "control", "cell_line": [[*lines, "NEW"][l] for l, _ in at], "dose_um": 0.0, "time_h": 24.0, "batch": [f"p{d}" for _, d in at],
+                        "n_cells": 50}, [f"c{l}{d}" for l, d in at])
+    both = ad.AnnData(np.maximum(level[[l for l, _ in at]] + 0.1 * r.standard_normal((len(at), GENES)), 0), obs, table.var.copy(),
+                      uns={"perturbnb": {"scale": "log1p_cp10k", "reference": "none", "source": "test", "hash": "2" * 64}})
+    ours = both[both.obs.cell_line != "NEW"].copy()
+    held, folder = split("pair", table, 0, test=0.1, val=0.4), tmp_path_factory.mktemp("network")
+    for seed in (0, 1):
+        m = ForwardModel(ours, size="demo", rank=6, width=16, heads=2, tokens=6, hidden=8, batch=32, epochs=12, seed=seed).fit(table[held.mask(table, "train")], table[held.mask(table, "val")])
+        usable(m, table, ours, held)
+        m.save(folder / "models" / f"seed{seed}", split=held)
+    pd.Series(own[0], table.var.symbol, name="log2fc").rename_axis("symbol").to_csv(folder / "sig.csv")
+    pd.Series(-own[0], table.var.symbol, name="log2fc").rename_axis("symbol").to_csv(folder / "turned.csv")
+    write(both, folder / "bulk.h5ad")
+    write(both[both.obs.cell_line == "NEW"].copy(), folder / "new.h5ad")
+    return folder, names[0]
+
+
+def test_a_saved_network_answers_predict(network, tmp_path):
+    folder, drug = network
+    asked = dict(drug=drug, cell_line="L2", dose_um=5.0)
+    text = predict_command(folder / "models" / "seed0", **asked, out=tmp_path / "e.csv")
+    assert text.startswith(f"{drug} at 5 µM in L2") and "95% interval" in text and "SYM" in text and "no plate" not in text
+    table = pd.read_csv(tmp_path / "e.csv")
+    m = load_model(folder / "models" / "seed0")
+    row = pd.DataFrame({"pert": [drug], "cell_line": "L2", "dose_um": 5.0, "smiles": SMILES[drug], "batch": None}).astype({"batch": object})
+    np.testing.assert_allclose(table.delta, m.predict(row)[0], rtol=1e-4, atol=1e-6)
+    assert (table.high > table.delta).all() and table.control.notna().all()
+    one = predict_effect(folder / "models" / "seed0", **asked)
+    assert any("was in training" in t for t in one.domain.text) and not one.domain.outside.any() and not one.warnings
+    two = predict_effect(folder / "models", **asked)  # the folder of both: an ensemble
+    alone = [predict_effect(folder / "models" / f"seed{s}", **asked).table.delta for s in (0, 1)]
+    np.testing.assert_allclose(two.table.delta, np.mean(alone, axis=0), atol=1e-6)
+    assert len(two.settings["models"]) == 2 and "2 member(s)" in predict_command([folder / "models" / "seed0", folder / "models" / "seed1"], **asked)
+
+
+def test_a_saved_network_answers_rank(network, tmp_path):
+    folder, drug = network
+    for source in (folder / "models" / "seed0", folder / "models"):
+        ranked = rank_drugs(source, folder / "sig.csv", n_random=50)
+        assert ranked.table.pert[0] == drug and "120 of 120" in ranked.overlap and ranked.table.best_line.isin(["L1", "L2", "L3", "L4", "L5"]).all()
+    here = rank_drugs(folder / "models" / "seed0", folder / "sig.csv", cell_line="L3", n_random=50)
+    assert here.table.pert[0] == drug and (here.table.best_line == "L3").all()
+    undone = rank_drugs(folder / "models", folder / "turned.csv", reverse=True, n_random=50)
+    np.testing.assert_allclose(undone.table.score, rank_drugs(folder / "models", folder / "sig.csv", n_random=50).table.score)
+    text = rank_command(folder / "models", folder / "turned.csv", reverse=True, cell_line="L3", n_random=50, progress=False, out=tmp_path / "r.csv")
+    assert text.startswith("Drugs that reverse the signature") and "2 member(s)" in text and pd.read_csv(tmp_path / "r.csv").pert[0] == drug
+
+
+def test_controls_of_known_and_of_new_lines(network):
+    folder, drug = network
+    asked = dict(drug=drug, dose_um=5.0)
+    model, bulk = folder / "models" / "seed0", folder / "bulk.h5ad"  # the bulk file holds the model's own lines as well
+    new = predict_effect(model, **asked, cell_line="NEW", controls=bulk)
+    only = predict_effect(model, **asked, cell_line="NEW", controls=folder / "new.h5ad")
+    pd.testing.assert_frame_equal(new.table, only.table)
+    assert new.table.control.notna().all() and any(t.startswith("line: NEW was not in training") for t in new.domain.text)
+    known, plain = predict_effect(model, **asked, cell_line="L2", controls=bulk), predict_effect(model, **asked, cell_line="L2")
+    pd.testing.assert_frame_equal(known.table, plain.table)
+    assert any("control states of L2: they are used" in n for n in known.question.notes) and not any("control states" in n for n in plain.question.notes)
+    with pytest.raises(PerturbError, match="no controls"): predict_effect(model, **asked, cell_line="NEW")
+    with pytest.raises(PerturbError, match="no control of the line 'NEVER'"): predict_effect(model, **asked, cell_line="NEVER", controls=bulk)
+    there = rank_drugs(folder / "models", folder / "sig.csv", cell_line="NEW", controls=bulk, n_random=50)
+    assert there.table.pert[0] == drug and (there.table.best_line == "NEW").all() and not any("is not given" in w for w in there.warnings)
+    assert any("they are used" in w for w in rank_drugs(folder / "models", folder / "sig.csv", cell_line="L2", controls=bulk, n_random=50).warnings)
+
+
+def test_a_line_that_was_held_out_is_known_by_its_controls(network, tmp_path):
+    folder, drug = network
+    m = load_model(folder / "models" / "seed0")
+    d = domain_of(m)
+    attach(m, replace(d, lines=tuple(l for l in d.lines if l != "L5"), controls=d.controls.drop("L5")))
+    e = predict_effect(m, drug=drug, cell_line="L5", dose_um=5.0)
+    assert e.table.control.notna().all() and any("L5 was not in training; its control state is" in t for t in e.domain.text)
+
+
+def growing(n, seed):
+    "Screen whose effects no drug mean can tell, the more the larger: errors grow with the prediction."
+    r, names = rng(seed, "tests.use.growing"), [f"d{i}" for i in range(n)]
+    mean = rng(7, "tests.use.growing").standard_normal((n, 200)) * rng(8, "tests.use.growing").exponential(0.2, 200)
+    x = np.concatenate([mean * (1 + 0.5 * r.standard_normal(mean.shape)) + 0.02 * r.standard_normal(mean.shape) for _ in LINES])
+    table = example_table(names * 3, x, np.repeat(LINES, n), genes=[f"ENSG{j:011d}" for j in range(200)])
+    table.obs_names = table.obs.pert + "|" + table.obs.cell_line + f"|{seed}"
+    return table
+
+
+def test_widths_hold_among_the_largest_changes():
+    train, val, new = (growing(150, s) for s in (1, 2, 3))
+    m = calibrate(baseline("drug_mean").fit(train), val)
+    r, y = m.names["residuals"], m.predict(new.obs)
+    inside = np.abs(new.X - y) <= _half(r, y, 0.95)
+    top = _largest(np.abs(y))
+    one = np.abs(new.X - y) <= _widths(*_errors(m, val), np.arange(val.n_obs), 0.95)[0]
+    assert r["growth"] > 0 and 0.94 < inside.mean() < 0.97 and inside[top].mean() > one[top].mean() + 0.05 and inside[top].mean() > 0.91
+    np.testing.assert_allclose(r["held"]["0.95"], [inside.mean(), inside[top].mean()], atol=0.02)  # what was said beforehand
+    assert json.loads(json.dumps(r)) == r
+    for k in ("slope", "held", "growth"): r.pop(k)  # as an earlier release saved it
+    old = predict_effect(m, drug="d1", cell_line="L1", dose_um=1.0)
+    np.testing.assert_allclose(old.table.high - old.table.delta, r["half"]["0.95"], rtol=1e-4)
+    assert "at least 95% of the errors" in old.interval and "largest" not in old.interval
+
+
+def test_the_unit_follows_the_split(tmp_path):
+    train, val = growing(60, 1), growing(60, 2)
+    m = baseline("drug_mean").fit(train)
+    m.split = {"name": "unseen_drug", "seed": 0, "hash": "x"}
+    assert calibrate(m, val).names["residuals"]["unit"] == ["pert"] and m.names["residuals"]["n_units"] == 60
+    assert "may be too narrow" not in predict_effect(m, drug="d1", cell_line="L1", dose_um=1.0).interval
+    said = predict_effect(calibrate(m, val, ("pert", "cell_line")), drug="d1", cell_line="L1", dose_um=1.0).interval
+    assert "the split held out pert" in said and "too narrow" in said
+    assert calibrate(m, val, "cell_line").names["residuals"]["half"] == {}  # three lines carry no width
+    none = predict_effect(m, drug="d1", cell_line="L1", dose_um=1.0)
+    assert none.interval.startswith("none: the validation rows were too few")
+
+
+def test_small_things_that_are_said(model, network):
+    folder, drug = network
+    for level in (np.float32(0.95), np.float64(0.95)): assert "95%" in predict_effect(folder / "models" / "seed0", drug=drug, cell_line="L1", dose_um=1.0, level=level).interval
+    half = predict_effect(folder / "models" / "seed0", drug=drug, cell_line="L1", dose_um=1.0, level=0.5)
+    assert half.interval.startswith("none: the model keeps widths for 80%, 90%, 95%, not for 50%") or half.interval.startswith("middle")
+    names = ["Trametinib (DMSO_TF solvate)", *(f"drug {i}" for i in range(60))]
+    assert _close("Trametinib", names) == "did you mean 'Trametinib (DMSO_TF solvate)'?"
+    assert _close("nosuch", names).count("drug") == 4 and "there are 61" in _close("nosuch", names) and _close("drug", names).count("'") == 10
+    with pytest.raises(PerturbError) as e: predict_effect(model, drug="zzz", cell_line="L1", dose_um=1.0)
+    assert "there are 12, such as" in str(e.value)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core import InputError, rng
 from ..data.audit import audit
-from .forward_study import RULES, _crossed_groups, _save_run, _study, differences, gathered, hold_out, sharing, summary
+from .forward_study import RULES, _crossed_groups, _save_run, _study, differences, gathered, hold_out, over_splits, sharing, summary
 from ..metrics.retrieval import evaluate
 from ..metrics.uncertainty import bootstrap, ratio_interval
 
@@ -317,13 +317,25 @@ def way_gone(
 ) -> pd.DataFrame:  # task, id, reference, score, chance, top, share, low, high, n, note
     "The part of the way from chance to a reference."
     t = rows[(rows.protocol == "leak-free") & (rows.task == task)]
-    w, out = t.pivot_table(index="name", columns="model", values=metric), []
-    for ref in [r for r in ("repeat", "perfect") if r in w]:
-        v = w[["f_p", "chance", ref]].dropna()
-        g, alone = _crossed_groups(obs, v.index)
-        est = max((ratio_interval(v["f_p"] - v["chance"], v[ref] - v["chance"], g[c], **options) for c in g), key=lambda e: np.nan_to_num(e.high - e.low, nan=np.inf))
-        out.append(dict(task=task, id=metric, reference=ref, score=v["f_p"].mean(), chance=v["chance"].mean(), top=v[ref].mean(), share=est.value, low=est.low, high=est.high, n=est.n, note="; ".join(filter(None, [est.note, alone]))))
+    w, out = t.pivot_table(index=["name", "seed"], columns="model", values=metric), []
+    for ref in [r for r in REFERENCES if r in w]:
+        each = w[["f_p", "chance", ref]].dropna()
+        v = each.groupby(level="name").mean()
+        share, low, high, note = _ratio(each["f_p"] - each["chance"], each[ref] - each["chance"], obs, **options)
+        out.append(dict(task=task, id=metric, reference=ref, score=v["f_p"].mean(), chance=v["chance"].mean(), top=v[ref].mean(), share=share, low=low, high=high, n=len(v), note=note))
     return pd.DataFrame(out)
+
+def _ratio(a: pd.Series, b: pd.Series, obs: pd.DataFrame, **options) -> tuple:  # value, low, high, note
+    "Ratio of two means over (name, seed), with the outermost ends of three intervals."
+    x, y = a.groupby(level="name").mean(), b.groupby(level="name").mean()
+    g, _ = _crossed_groups(obs, x.index)
+    found = [ratio_interval(x, y, g[c], **options) for c in g]
+    value, notes = found[0].value, [e.note for e in found if e.note]
+    if any(np.isnan(e.value) for e in found): return np.nan, np.nan, np.nan, "; ".join(dict.fromkeys(notes))
+    line = over_splits(((a - value * b) / y.mean()).rename("x").to_frame(), obs, **options).iloc[0]
+    ends = [(e.low, e.high) for e in found] + [(value + line.low, value + line.high)]
+    low, high = (np.nan, np.nan) if np.isnan(ends).any() else (min(e[0] for e in ends), max(e[1] for e in ends))
+    return value, low, high, "; ".join(dict.fromkeys([*notes, *filter(None, [line.note])]))
 
 # %% ../../nbs/interpret/21_response_study.ipynb #789c1fc8
 RIVALS = {"targets": ("frequency", "own_change", "nearest_profile"), "drugs": ("frequency", "nearest_profile", "mean_profile", "connectivity", "nearest_compound")}

@@ -62,14 +62,16 @@ def _in(d: pd.DataFrame, column: str, verdict: str) -> str:
 def _against(d: pd.DataFrame) -> str:
     "The encoder and the best baseline."
     won, same, lost, none = (_in(d, "gain_verdict", v) for v in ("better", "cannot tell", "worse", "no interval"))
-    first = f"beats the best simple baseline {won}" if won else "beats the best simple baseline nowhere"
+    if (d.gain_verdict == "no interval").all(): return f"cannot be compared with the best simple baseline: there is no interval {none}"
+    first = f"beats the best simple baseline {won}" if won else "beats the best simple baseline nowhere" if (d.gain_verdict == "worse").all() else "is nowhere shown to beat the best simple baseline"
     more = ["in no split can the two be told apart" if same == "in every split" else f"the two cannot be told apart {same}" if same else "", f"it is worse {lost}" if lost else "", f"there is no interval {none}" if none else ""]
     return "; ".join([first, *filter(None, more)])
 
 def _over_chance(d: pd.DataFrame) -> str:
     "The encoder and chance."
-    won, below, rest = (_in(d, "over_verdict", v) for v in ("better", "worse", "cannot tell"))
-    parts = [f"is above chance {won}" if won else "is nowhere shown to be above chance", f"this is not shown {rest}" if won and rest else "", f"it is below chance {below}" if below else ""]
+    won, below, rest, none = (_in(d, "over_verdict", v) for v in ("better", "worse", "cannot tell", "no interval"))
+    if (d.over_verdict == "no interval").all(): return f"cannot be compared with chance: there is no interval {none}"
+    parts = [f"is above chance {won}" if won else "is nowhere shown to be above chance", f"this is not shown {rest}" if won and rest else "", f"it is below chance {below}" if below else "", f"there is no interval {none}" if none else ""]
     return "; ".join(filter(None, parts))
 
 def headline(found: dict) -> str:  # Markdown, a paragraph for each question
@@ -119,21 +121,45 @@ def hits_sentence(found: dict) -> str:
         said.append(f"{RULE_WORDS[rule]} {plot.interval(m.value['f_p'], m.low['f_p'], m.high['f_p'], '.0%')}, chance {m.value['chance'] * 100:.0f} %")
     return f"Share of queries for which the right drug comes **first**: {'; '.join(said)}."
 
+def _beaten(found: dict, way) -> bool:
+    "Whether a model or baseline is above a reference: then it is no ceiling."
+    m = _pick(found["means"], rule=way.rule, task=way.task, id=way.id)
+    return bool(m.value[~m.model.isin([*REFERENCES, "chance"])].max() >= way.top)
+
 def way_sentence(found: dict, reference: str = "perfect") -> str:
-    "How much of the way from chance to the best possible reader was gone."
+    "How much of the way from chance to the best possible reader was gone; without a truth, beside a look-up of the same treatment measured twice."
     t = _pick(found["ways"], reference=reference)
-    if not len(t): t, reference = _pick(found["ways"], reference="repeat"), "repeat"
+    if not len(t): return _twice_sentence(found)
     said = {q: "; ".join(f"{RULE_WORDS[r.rule]} {plot.interval(r.share, r.low, r.high, '.0%')}" for r in t[(t.task == "targets") == (q == "targets")].itertuples()) for q in QUESTIONS}
-    return f"Of the way from chance to {'the best possible reader, who knows the simulated truth' if reference == 'perfect' else 'a look-up of the same treatment measured twice'}, the encoder goes, for the drug: {said['drug']}; for target genes: {said['targets']}."
+    return f"Of the way from chance to the best possible reader, who knows the simulated truth, the encoder goes, for the drug: {said['drug']}; for target genes: {said['targets']}."
+
+def _twice_sentence(found: dict) -> str:
+    "The encoder beside the look-up."
+    one = lambda r: f"{RULE_WORDS[r.rule]} {r.score:.2f} beside {r.top:.2f}" + ("" if _beaten(found, r) else f", {plot.interval(r.share, r.low, r.high, '.0%')} of its way from chance")
+    t = _pick(found["ways"], reference="repeat")
+    said = {q: "; ".join(one(r) for r in t[(t.task == "targets") == (q == "targets")].itertuples()) for q in QUESTIONS}
+    over = " Where a model is above the look-up no share is given." if any(_beaten(found, r) for r in t.itertuples()) else ""
+    return ("How well could anyone do? For measured data nobody knows. As a reference, and not a ceiling (it has half of the cells on each side): a look-up of the same treatment, measured twice. The encoder beside it, "
+            f"for the drug: {said['drug']}; for target genes: {said['targets']}.{over}")
+
+# %% ../../nbs/report/12_f_p_words.ipynb #bd5ff705
+def _moved(name: str, r) -> str:
+    "What sharing does to one model, as far as its interval goes."
+    verb = "would go" if r.low != r.low or r.low <= 0 <= r.high else "would rise" if r.low > 0 else "would fall"
+    return f"{name} {verb} from {r.leak_free:.2f} to {r.as_measured:.2f} (difference {plot.interval(r.value, r.low, r.high, '+.2f')})"
+
+def _ahead(x: float) -> str: return "level with it" if abs(x) < .005 else f"{'ahead of it' if x > 0 else 'behind it'} by {abs(x):.2f}"
 
 def sharing_sentence(found: dict, rule: str) -> str:
     "What sharing the control cells does to the encoder and to the best look-up."
     t = _pick(found["worth"], rule=rule, task=DECIDES[rule]).set_index("model")
     b = _pick(deciding(found), rule=rule, question="drug").baseline.iloc[0]
-    one = lambda m: f"{t.leak_free[m]:.2f} to {t.as_measured[m]:.2f} (difference {plot.interval(t.value[m], t.low[m], t.high[m], '+.2f')})"
-    seen = t.as_measured["f_p"] - t.as_measured[b]
-    return (f"All numbers are **leak-free**: the control cells of a query are others than those of the training profiles. With the same control cells on both sides, as is usual, the encoder would go from {one('f_p')} in the {RULE_WORDS[rule]} and the best "
-            f"baseline, {_said(b)}, from {one(b)}; the encoder would seem to lead by {seen:+.2f} and not by {t.leak_free['f_p'] - t.leak_free[b]:+.2f}. A shared error of the control makes a query resemble every other drug of its plate.")
+    two = t.loc[["f_p", b]]
+    end = ("A shared error of the control can make a query resemble every other drug of its plate." if (two.high < 0).any() else "Sharing flatters here." if (two.low > 0).any()
+           else "There is no interval for these changes." if two.low.isna().all() else "Neither change can be told from none.")
+    gap = lambda c: two[c]["f_p"] - two[c][b]
+    return (f"All numbers are **leak-free**: the control cells of a query are others than those of the training profiles. With the same control cells on both sides, as is usual, {_moved('the encoder', two.loc['f_p'])} in the {RULE_WORDS[rule]}, and "
+            f"{_moved(f'the best baseline, {_said(b)},', two.loc[b])}. By these means alone the encoder would then be {_ahead(gap('as_measured'))}; leak-free it is {_ahead(gap('leak_free'))}. {end}")
 
 def blind_sentence(facts: pd.DataFrame) -> str:
     "That labels of the queries changed nothing."
@@ -243,10 +269,10 @@ def way_table(found: dict) -> pd.DataFrame:
     "From chance to the references."
     out = []
     for (rule, task), t in found["ways"].groupby(["rule", "task"], sort=False):
-        t = t.set_index("reference")
+        t = t.set_index("reference", drop=False)
         row = {"held out": RULE_WORDS[rule], "question": QUESTIONS["targets" if task == "targets" else "drug"], "chance": f"{t.chance.iloc[0]:.2f}", "encoder": f"{t.score.iloc[0]:.2f}"}
         for k, name in (("repeat", "measured twice"), ("perfect", "best possible")):
-            if k in t.index: row |= {name: f"{t.top[k]:.2f}", f"way to {name}": _narrow(t.share[k], t.low[k], t.high[k], ".0%")}
+            if k in t.index: row |= {name: f"{t.top[k]:.2f}", f"way to {name}": "–" if _beaten(found, t.loc[k]) else _narrow(t.share[k], t.low[k], t.high[k], ".0%")}
         out.append(row)
     return pd.DataFrame(out)
 
@@ -269,12 +295,14 @@ def strata_of(found: dict, obs: pd.DataFrame, rule: str, seed: int = 0) -> dict:
     return out
 
 # %% ../../nbs/report/12_f_p_words.ipynb #549e18b9
+def _kind(model: str) -> str: return "model" if model in ("f_p", "as published", "two_tower") else "ceiling" if model == "perfect" else "control" if model in ("chance", "repeat") else "baseline"
+
 def forest_rows(found: dict, rule: str, question: str) -> pd.DataFrame:
     "Rows for plot.forest_plot."
     task, i = _asked(rule, question)
     t = _pick(found["means"], rule=rule, task=task, id=i).set_index("model").loc[_models(found["means"], rule, question)].reset_index()
-    kind = ["model" if m in ("f_p", "two_tower") else "ceiling" if m in REFERENCES else "control" if m == "chance" else "baseline" for m in t.model]
-    short = {"perfect": "best possible", "repeat": "measured twice"}
+    kind = [_kind(m) for m in t.model]
+    short = {"perfect": "best possible", "repeat": "measured twice (reference)"}
     return t.assign(name=[short.get(m, _said(m)) for m in t.model], kind=kind)[["name", "value", "low", "high", "kind"]]
 
 def forest_figure(found: dict, question: str):
@@ -362,8 +390,6 @@ def pathway_note() -> str: return ("A pathway-level evaluation compares *predict
                                    "is whether the first drug has at least the right *mechanism*: see the rows so named above.")
 
 # %% ../../nbs/report/12_f_p_words.ipynb #a8875ac8
-def _kind(model: str) -> str: return "model" if model in ("f_p", "as published", "two_tower") else "ceiling" if model in REFERENCES else "control" if model == "chance" else "baseline"
-
 def record(
     result: "Result",  # of report.results
     found: dict, facts: dict,
@@ -383,7 +409,7 @@ def record(
     result.verdict("What does sharing the control cells do?", plot.plain(sharing_sentence(found, found["worth"].rule.iloc[0])))
 
 def _record_metrics(result, found: dict) -> None:
-    for r in found["means"].itertuples(): result.metric(r.id, r.value, r.n, _ends(r), model=r.model, kind=_kind(r.model), split=f"{r.rule}, {r.protocol}", part="test", stratum=r.task, note=r.note or None)
+    for r in found["means"].itertuples(): result.metric(r.id, r.value, r.n, _ends(r), model=r.model, kind=_kind(r.model), split=f"{r.rule}, {r.protocol}", part="test", stratum=r.task, note="; ".join(filter(None, ["a reference that knows more than a model may, and no ceiling" if r.model == "repeat" else "", r.note])) or None)
     for r in found["ranks"].itertuples(): result.metric("median_rank@1", r.value, r.n, _ends(r), model=r.model, kind=_kind(r.model), split=f"{r.rule}, leak-free", part="test", stratum=r.task, note=r.note or None)
     for r in found["ways"].itertuples(): result.metric("share_of_way@1", r.share, r.n, _ends(r), model="f_p", split=f"{r.rule}, leak-free", part="test", stratum=f"{r.task}, from chance to {r.reference}", note=r.note or (None if r.share == r.share else "no ratio"))
     if "published" not in found: return
