@@ -28,7 +28,7 @@ from ..data import schema
 from ..data.audit import audit
 from ..data.demo import demo_data, read_truth
 from ..data.drugs import structure_groups
-from ..data.effects import effects
+from ..data.effects import effects, refuse_effects
 from ..data.split import Split, split
 from .ablation import MIN_SEEDS, _all, compare, compare_spread, run_key
 from .claims import Verdict, all_of
@@ -74,7 +74,7 @@ def study_table(
     truth: "ad.AnnData | None" = None,  # of a simulation
 ) -> ad.AnnData:  # effects against half a; layers other, half_a, half_b, se (and truth)
     "Effects of all rows under both protocols."
-    if "mean_sq" not in bulk.layers: raise InputError("a table of effects, not of levels" if dict(bulk.uns.get("perturbnb", {})).get("scale", "").startswith("delta") else "a table without the layer mean_sq", "a bulk table with controls and halves", "give the table that `perturbnb prepare tahoe` wrote")
+    refuse_effects(bulk, "the table")
     a, b = (effects(control_half(bulk, h), min_cells=min_cells, min_control_cells=min_control_cells, missing="drop", halves=False) for h in "ab")
     whole = effects(bulk, min_cells=min_cells, min_control_cells=2 * min_control_cells, missing="drop")
     names = [n for n in a.obs_names if n in set(b.obs_names) and n in set(whole.obs_names)]
@@ -376,10 +376,10 @@ def one_run(
 def usable(model: "ForwardModel", table: ad.AnnData, controls: ad.AnnData, s: Split) -> None:
     "Put into a model what its users need: the usual size of its errors, and what it was trained on."
     from perturbnb.interpret.domain import attach, training_domain
-    from perturbnb.interpret.use import calibrate
+    from perturbnb.interpret.use import calibrate, held_unit
     val = table[s.mask(table, "val")]
     measured = ad.AnnData(np.asarray(val.layers["other"]), val.obs.assign(batch=None), val.var.copy(), uns=dict(val.uns))
-    calibrate(model, measured)
+    calibrate(model, measured, unit=held_unit(s))
     attach(model, training_domain(table[s.mask(table, "train")], controls=controls))
 
 # %% ../../nbs/interpret/20_forward_study.ipynb #a1e4fd96

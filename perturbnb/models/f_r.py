@@ -28,7 +28,7 @@ SIZES = {  # what a size stands for
 
 SETTINGS = dict(  # common to all sizes
     order="expression", drug="morgan", cell="pca",  # rule of the gene order; kinds of data.drug_features and data.cell_features
-    link=True, dose="hill", gain=True, control_error=True, svd=True, start=True, sequence=True,  # parts that can be switched off; dose: hill or none
+    link=True, dose="hill", gain=True, correct=False, control_error=True, svd=True, start=True, sequence=True,  # parts that can be switched off; dose: hill or none
     start_ridge=1.0,  # how much the first guess of a drug's vector is shrunk
     dropout=0.1, drug_dropout=0.3,  # of the network; share of drugs whose own vector is hidden in a step
     loss="mse", huber=0.5, weight_cells=50,  # mse or huber, its bend; cells after which a mean does not get better (0: rows count alike)
@@ -167,7 +167,7 @@ def _network(n_genes: int, n_drugs: int, n_features: int, n_cell: int, n_states:
             gate = torch.sigmoid(self.hill * np.log(10) * (b["dose"] - self.ec50(z)[:, 0])) if s["dose"] == "hill" else 0.7
             h = self.head(self.read(b, z))
             gain = F.softplus(h[:, -1] + 0.5413) if s["gain"] else 1.0  # 1 at the start
-            w = (z + h[:, :-1]) * (gate * gain * torch.ones_like(b["dose"]))[:, None]
+            w = (z + h[:, :-1] if s["correct"] else z) * (gate * gain * torch.ones_like(b["dose"]))[:, None]
             lfc = w @ self.programmes.weight.T
             clean = linked(lfc, b["level"]) if s["link"] else lfc
             whole = clean + (self.offset[b["state"]] - self.rho * b["error"] if s["control_error"] else 0.0)
