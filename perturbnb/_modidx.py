@@ -3494,6 +3494,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'perturbnb/report/template.py'),
                                            'perturbnb.report.template._limits': ( 'report/template.html#_limits',
                                                                                   'perturbnb/report/template.py'),
+                                           'perturbnb.report.template._place': ( 'report/template.html#_place',
+                                                                                 'perturbnb/report/template.py'),
                                            'perturbnb.report.template._scalar': ( 'report/template.html#_scalar',
                                                                                   'perturbnb/report/template.py'),
                                            'perturbnb.report.template._short': ( 'report/template.html#_short',

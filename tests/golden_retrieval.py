@@ -17,16 +17,21 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def retrieval_inputs() -> dict:
-    "Ten queries, fourteen candidates: no ties, some ties, a constant, pairs left out, all right, none right, graded."
+    "Ten queries, fourteen candidates (forty where the first twenty count): no ties, some ties, a constant, pairs left out, all right, none right, graded."
+    small, large = _queries(14, .25), _queries(40, .06)
+    return {i: large if "_at_20@" in i else small for i in sorted(ON_RANKING)}
+
+
+def _queries(n: int, right: float) -> dict:
     draw = rng(0, "golden.retrieval")
-    scores, relevance = draw.normal(size=(10, 14)).round(3), (draw.random((10, 14)) < .25).astype(int)
-    relevance[:, 3] += 1
+    scores, relevance = draw.normal(size=(10, n)).round(3), (draw.random((10, n)) < right).astype(int)
+    relevance[:, 3] += 1 if n == 14 else 0
     scores[2:5] = scores[2:5].round(0)
     scores[5] = 0.5
-    relevance[3:7][draw.random((4, 14)) < .2] = -1
+    relevance[3:7][draw.random((4, n)) < .2] = -1
     relevance[7], relevance[8] = 1, 0
     relevance[0, :5] = [3, 0, 2, 1, 0]
-    return {i: {"args": [scores.tolist(), relevance.tolist()], "kwargs": {}} for i in sorted(ON_RANKING)}
+    return {"args": [scores.tolist(), relevance.tolist()], "kwargs": {}}
 
 
 def classification_inputs() -> dict:

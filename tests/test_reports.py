@@ -231,7 +231,7 @@ def test_stopped_seeds_stop(toy, counts, tmp_path):
     while not list(tmp_path.glob("many/.seed1.*.tmp/.work")): time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=15) != 0
+    assert process.wait(timeout=90) != 0
     assert not list(tmp_path.glob("many/seed?")) and not list(tmp_path.glob("many/.seed*.tmp"))
 
 

@@ -354,7 +354,7 @@ _enter("first_rank@1", _first_rank, "Rank of the best right candidate.", formula
 _enter("ap_normalised@1", _ap_normalised, "Average precision with chance at 0.", formula=r"(\mathrm{AP}-E[\mathrm{AP}])/(1-E[\mathrm{AP}])",
        source="Kalinin et al. 2025, doi:10.1038/s41467-025-60306-2 (software copairs); chance by Bestgen 2015, doi:10.1515/pralin-2015-0007",
        kind="retrieval", unit="none", low=-np.inf, high=1.0, better="higher", null=0.0, undefined="no right or no wrong candidate for the query")
-for _k in (1, 5, 10): metrics_at(_k)
+for _k in (1, 5, 10, 20): metrics_at(_k)
 
 # %% ../../nbs/metrics/04_retrieval.ipynb #0a12d060
 @dataclass(frozen=True)

@@ -97,13 +97,14 @@ def _inside(p: Parameter, x) -> bool:
     return (x >= low if low_in else x > low) and (x <= high if high_in else x < high)
 
 def _short(x) -> str: return text if len(text := repr(x)) <= 80 else f"{text[:77]}…"
+def _place(x) -> str: return text if len(text := repr(x)) <= 80 else f"'…{text[-78:]}"  # the end of a path says more than its beginning
 
 def _existing(p: Parameter, value: str) -> str:
     try:
         path = Path(value).expanduser()
         there = path.exists()
     except (OSError, RuntimeError, ValueError): path, there = value, False  # no such user, a NUL byte, a name too long
-    if not there: raise MissingFile(f"parameter {p.name}: no file or folder {_short(value)}", "an existing path", "check the path")
+    if not there: raise MissingFile(f"parameter {p.name}: no file or folder {_place(value)}", "an existing path", "check the path")
     return str(path)
 
 def value_of(
