@@ -946,6 +946,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'perturbnb/data/tahoe_bulk.py'),
                                            'perturbnb.data.tahoe_bulk._writing': ( 'data/tahoe_bulk.html#_writing',
                                                                                    'perturbnb/data/tahoe_bulk.py'),
+                                           'perturbnb.data.tahoe_bulk._xxh3': ( 'data/tahoe_bulk.html#_xxh3',
+                                                                                'perturbnb/data/tahoe_bulk.py'),
                                            'perturbnb.data.tahoe_bulk.dispersion_scores': ( 'data/tahoe_bulk.html#dispersion_scores',
                                                                                             'perturbnb/data/tahoe_bulk.py'),
                                            'perturbnb.data.tahoe_bulk.effects': ( 'data/tahoe_bulk.html#effects',
