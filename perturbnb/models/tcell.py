@@ -221,9 +221,9 @@ def _targets(obs: pd.DataFrame, what: str) -> dict:
     for c in (*OUTPUTS[:3], "label"):
         if c not in obs: raise InputError(f"{what} has no column {c!r} in obs", "the three scores and the label of each well", nearest(c, obs.columns))
         values = pd.to_numeric(obs[c], errors="coerce").to_numpy(float)
-        for row in obs.index[~np.isfinite(values)][:1]: raise InputError(f"{what}: well {row!r} has {c} = {obs[c][row]!r}", "a finite number", "drop the well or correct the table")
+        for row in obs.index[~np.isfinite(values)][:1]: raise InputError(f"{what}: well {row!r} has {c} = {obs[c][row]}", "a finite number", "drop the well or correct the table")
     label = obs["label"].astype(float)
-    for row in label.index[~label.isin([0, 1])][:1]: raise InputError(f"{what}: well {row!r} has label {obs['label'][row]!r}", "0 or 1", "correct the labels")
+    for row in label.index[~label.isin([0, 1])][:1]: raise InputError(f"{what}: well {row!r} has label {label[row]:g}", "0 or 1", "correct the labels")
     old = pd.to_numeric(obs["activation_old"], errors="coerce") if "activation_old" in obs else pd.Series(np.nan, obs.index)
     f = lambda x: torch.tensor(np.asarray(x, dtype=np.float32))
     return {"scores": f(obs[list(OUTPUTS[:3])].astype(float)), "logit": f(label), "activation": f(old)}
