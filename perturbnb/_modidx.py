@@ -1060,6 +1060,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'perturbnb/interpret/activation.py'),
                                                 'perturbnb.interpret.activation._named': ( 'interpret/activation.html#_named',
                                                                                            'perturbnb/interpret/activation.py'),
+                                                'perturbnb.interpret.activation._named_wells': ( 'interpret/activation.html#_named_wells',
+                                                                                                 'perturbnb/interpret/activation.py'),
                                                 'perturbnb.interpret.activation._p_values': ( 'interpret/activation.html#_p_values',
                                                                                               'perturbnb/interpret/activation.py'),
                                                 'perturbnb.interpret.activation._polished': ( 'interpret/activation.html#_polished',

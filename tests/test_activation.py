@@ -143,3 +143,10 @@ def test_dose_response_refuses_and_finds():
                                         (dict(reference="water"), "no 'water' well")])
 def test_bad_wishes(wells, how, words):
     with pytest.raises(InputError, match=words): metabolite_table(noise(wells), wells, **how)
+
+
+def test_agreement_needs_no_dmso(wells):
+    treated = wells[~control_wells(wells)]
+    y = noise(treated, 5)
+    assert -1 < replicate_agreement(y, treated, n_boot=100).value < 1 and np.isfinite(place_agreement(y, treated, n_boot=100).value).all()
+    with pytest.raises(InputError, match="no DMSO"): replicate_agreement(y, treated, adjust="control")

@@ -25,27 +25,36 @@ def _rows(x, obs: pd.DataFrame, columns: "Sequence[str]" = ()) -> np.ndarray:
     for c in columns:
         if c not in obs: raise InputError(f"no column {c!r} in obs", "the well table", nearest(c, obs.columns))
     if isinstance(x, (pd.Series, pd.DataFrame)) and not x.index.equals(obs.index):
-        raise InputError(f"values named {str(x.index[0])!r}, … for wells {str(obs.index[0])!r}, …", "the same wells in the same order", "take both from one table")
+        raise InputError(f"values named {str(x.index[0])!r}, … for wells {str(obs.index[0])!r}, …", "the same wells in the same order",
+                         "take both from one table")
     out = np.asarray(x, dtype=float)
-    if len(out) != len(obs): raise InputError(f"{len(out)} values for {len(obs)} wells", "one row for each well", "take both from one table")
-    if not np.isfinite(out).all(): raise InputError(f"{int((~np.isfinite(out)).sum())} values that are missing or infinite", "a number for each well", "drop these wells first")
+    if len(out) != len(obs):
+        raise InputError(f"{len(out)} values for {len(obs)} wells", "one row for each well", "take both from one table")
+    if not np.isfinite(out).all():
+        raise InputError(f"{int((~np.isfinite(out)).sum())} values that are missing or infinite", "a number for each well",
+                         "drop these wells first")
     return out
 
+def _named_wells(obs: pd.DataFrame, reference) -> np.ndarray:
+    "The wells of the reference, if there are any."
+    if reference is None: return (obs["pert_type"].eq("control") if "pert_type" in obs else obs["pert"].eq("DMSO")).to_numpy()
+    if isinstance(reference, str): return obs["pert"].eq(reference).to_numpy()
+    for lost in [w for w in reference if w not in obs.index][:1]:
+        raise InputError(f"reference well {lost!r}", "wells of the table", nearest(lost, obs.index))
+    return np.asarray(obs.index.isin(list(reference)))
+
+# %% ../../nbs/interpret/30_activation.ipynb #c9ee5cd4
 def control_wells(
     obs: pd.DataFrame,  # the well table
     reference: "str | Sequence[str] | None" = None,  # well ids, or the name of a perturbation; all control wells if not given
 ) -> np.ndarray:  # True for each well of the reference
-    "The wells of the reference."
-    if reference is None: found = obs["pert_type"].eq("control") if "pert_type" in obs else obs["pert"].eq("DMSO")
-    elif isinstance(reference, str): found = obs["pert"].eq(reference)
-    else:
-        lost = [w for w in reference if w not in obs.index]
-        if lost: raise InputError(f"reference well {lost[0]!r}", "wells of the table", nearest(lost[0], obs.index))
-        found = pd.Series(obs.index.isin(list(reference)), obs.index)
+    "The wells of the reference; `InputError` where there are none."
+    found = _named_wells(obs, reference)
     if not found.any():
-        raise InputError(f"no {'DMSO' if reference is None else repr(reference)} well among {len(obs)} wells", "reference wells to compare with",
+        raise InputError(f"no {'DMSO' if reference is None else repr(reference)} well among {len(obs)} wells",
+                         "reference wells to compare with",
                          "name a reference: well ids, or the name of a perturbation")
-    return found.to_numpy()
+    return found
 
 # %% ../../nbs/interpret/30_activation.ipynb #ff469cc7
 def _reference_groups(obs: pd.DataFrame, how) -> "tuple[np.ndarray, np.ndarray]":
@@ -56,14 +65,18 @@ def _reference_groups(obs: pd.DataFrame, how) -> "tuple[np.ndarray, np.ndarray]"
     if how == "all": return found, zero
     if how.startswith("cluster:"):
         name, at = how.removeprefix("cluster:"), obs["cluster"].astype(str) if "cluster" in obs else pd.Series("", obs.index)
-        if not (found & at.eq(name)).any(): raise InputError(f"no DMSO well in cluster {name!r}", "a cluster with DMSO wells", nearest(name, at[found].unique()))
+        if not (found & at.eq(name)).any():
+            raise InputError(f"no DMSO well in cluster {name!r}", "a cluster with DMSO wells", nearest(name, at[found].unique()))
         return found & at.eq(name).to_numpy(), zero
-    if how != "plate": raise InputError(f"how={how!r}", "all, plate, cluster:NAME, a list of wells, or a centre", nearest(how, ["all", "plate", "cluster:C6"]))
+    if how != "plate":
+        raise InputError(f"how={how!r}", "all, plate, cluster:NAME, a list of wells, or a centre",
+                         nearest(how, ["all", "plate", "cluster:C6"]))
     code, plates = pd.factorize(obs["batch"])
     for lost in [p for i, p in enumerate(plates) if not found[code == i].any()][:1]:
         raise InputError(f"plate {lost!r} has no DMSO well", "DMSO wells on every plate", "name a reference: a list of wells, or how='all'")
     return found, code
 
+# %% ../../nbs/interpret/30_activation.ipynb #bcd35ca3
 def dmso_centre(
     z: "np.ndarray | pd.DataFrame",  # wells by features
     obs: pd.DataFrame,  # the well table
@@ -93,7 +106,8 @@ def distances(
     "Distance of each well to the DMSO centre."
     z = _rows(z, obs)
     named = isinstance(how, np.ndarray) and how.dtype.kind == "f"
-    if named and how.shape != z.shape[1:]: raise InputError(f"a centre of shape {how.shape}", f"{z.shape[1]} numbers", "take the centre from the same model")
+    if named and how.shape != z.shape[1:]:
+        raise InputError(f"a centre of shape {how.shape}", f"{z.shape[1]} numbers", "take the centre from the same model")
     c = np.broadcast_to(how, z.shape) if named else dmso_centre(z, obs, how, leave_out=leave_out)
     norm = np.linalg.norm(z, axis=1)
     cosine = (z * c).sum(1) / (norm * np.linalg.norm(c, axis=1) + EPS)
@@ -116,6 +130,7 @@ def _discriminant(e: np.ndarray, df: int, step: np.ndarray, shrink: float) -> np
     v = np.linalg.solve(w, step)
     return v / (step @ v)
 
+# %% ../../nbs/interpret/30_activation.ipynb #5a7d0287
 def axis(
     z: "np.ndarray | pd.DataFrame",  # wells by features: the training rows
     obs: pd.DataFrame,  # their well table
@@ -126,25 +141,31 @@ def axis(
 ) -> Axis:
     "The resting-to-activated axis, fitted on the given rows."
     z, y = _rows(z, obs, [label]), obs[label].to_numpy()
-    if not set(np.unique(y)) <= {0, 1}: raise InputError(f"{label} with the values {sorted(set(y))[:4]}", "0 and 1", "make a column of 0 and 1")
+    if not set(np.unique(y)) <= {0, 1}:
+        raise InputError(f"{label} with the values {sorted(set(y))[:4]}", "0 and 1", "make a column of 0 and 1")
     if not 0 < shrink <= 1: raise InputError(f"shrink={shrink}", "a number above 0, up to 1", "0.1 is usual")
     group = obs[within].to_numpy() if within else np.zeros(len(z))
     parts = [[z[on & (y == k)] for k in (0, 1)] for on in (group == g for g in pd.unique(group)) if {0, 1} <= set(y[on])]
-    if not parts: raise InputError(f"no {within or 'well'} with both labels", "resting and activated wells side by side", "give more wells, or within=None")
+    if not parts:
+        raise InputError(f"no {within or 'well'} with both labels", "resting and activated wells side by side",
+                         "give more wells, or within=None")
     w = np.array([min(map(len, p)) for p in parts], float); w /= w.sum()
     resting, active = (w @ np.stack([p[k].mean(0) for p in parts]) for k in (0, 1))
-    if np.allclose(active, resting): raise InputError("resting and activated wells with equal means", "groups that differ", "there is no axis between them")
+    if np.allclose(active, resting):
+        raise InputError("resting and activated wells with equal means", "groups that differ", "there is no axis between them")
     e = np.concatenate([x - x.mean(0) for p in parts for x in p])
     weights = _discriminant(e, len(e) - 2 * len(parts), active - resting, shrink)
     return Axis(resting, active - resting, weights, (int((y == 0).sum()), int((y == 1).sum())))
 
+# %% ../../nbs/interpret/30_activation.ipynb #0e7d2575
 def project(
     z: "np.ndarray | pd.DataFrame",  # wells by features; any wells
     along: Axis,  # what `axis` fitted
 ) -> np.ndarray:  # 0 at the resting mean, 1 at the activated mean, (n_wells,)
     "Place of each well on the activation axis; more is more activated."
     z = np.asarray(z, dtype=float)
-    if z.shape[1:] != along.step.shape: raise InputError(f"wells with {z.shape[1:]} features", f"{len(along.step)}", "use the features the axis was fitted on")
+    if z.shape[1:] != along.step.shape:
+        raise InputError(f"wells with {z.shape[1:]} features", f"{len(along.step)}", "use the features the axis was fitted on")
     return (z - along.resting) @ along.weights
 
 # %% ../../nbs/interpret/30_activation.ipynb #8e240f02
@@ -154,13 +175,15 @@ def _polished(v: np.ndarray, row, column, rounds: int = 10) -> np.ndarray:
     "Residuals of a plate after row and column medians are taken out."
     r, c = pd.factorize(pd.Series(row))[0], pd.factorize(pd.Series(column))[0]
     grid = np.full((r.max() + 1, c.max() + 1), np.nan)
-    if len(set(zip(r, c))) < len(v): raise InputError("two wells at one place of a plate", "one well for each row and column", "name physical plates in `batch`")
+    if len(set(zip(r, c))) < len(v):
+        raise InputError("two wells at one place of a plate", "one well for each row and column", "name physical plates in `batch`")
     grid[r, c] = v
     for _ in range(rounds):
         grid -= np.nanmedian(grid, 1, keepdims=True)
         grid -= np.nanmedian(grid, 0, keepdims=True)
     return grid[r, c]
 
+# %% ../../nbs/interpret/30_activation.ipynb #947f7c51
 def comparable(
     values: "np.ndarray | pd.Series",  # one number for each well
     obs: pd.DataFrame,  # the well table
@@ -169,14 +192,19 @@ def comparable(
     reference: "str | Sequence[str] | None" = None,  # as in control_wells
 ) -> pd.Series:  # the numbers without what belongs to plate or place
     "Values that can be compared between plates."
-    v, found = pd.Series(_rows(values, obs, ["pert", "batch"]), obs.index), control_wells(obs, reference)
+    v = pd.Series(_rows(values, obs, ["pert", "batch"]), obs.index)
     if adjust not in ADJUST_BY: raise InputError(f"adjust={adjust!r}", f"one of {', '.join(ADJUST_BY)}", nearest(str(adjust), ADJUST_BY))
     if adjust == "none": return v
     if adjust == "plate": return v - v.groupby(obs["batch"].to_numpy()).transform("median")
     plates = obs.groupby("batch", observed=True, sort=False).indices
-    if adjust == "place": return pd.concat([pd.Series(_polished(v.iloc[i].to_numpy(), obs["row"].iloc[i], obs["column"].iloc[i]), v.index[i]) for i in plates.values()]).loc[v.index]
+    if adjust == "place":
+        x = v.to_numpy().copy()
+        for i in plates.values(): x[i] = _polished(x[i], obs["row"].iloc[i], obs["column"].iloc[i])
+        return pd.Series(x, v.index)
+    found = control_wells(obs, reference)
     for p in [p for p, i in plates.items() if found[i].sum() < 2][:1]:
-        raise InputError(f"plate {p!r} has {int(found[plates[p]].sum())} reference wells", "two or more on every plate", "name a reference, or say adjust='plate' or 'none'")
+        raise InputError(f"plate {p!r} has {int(found[plates[p]].sum())} reference wells", "two or more on every plate",
+                         "name a reference, or say adjust='plate' or 'none'")
     return v - v[found].groupby(obs["batch"].to_numpy()[found]).mean().reindex(obs["batch"]).to_numpy()
 
 # %% ../../nbs/interpret/30_activation.ipynb #7ddb86d8
@@ -192,6 +220,7 @@ def _contrasts(x: np.ndarray, n: int, limit: int, draw) -> np.ndarray:
     chosen = x[at].sum(1)
     return chosen / n - (x.sum() - chosen) / (k - n)
 
+# %% ../../nbs/interpret/30_activation.ipynb #b52c44d1
 def _exchanged(parts: "list[tuple[np.ndarray, np.ndarray]]", side: str, n_perm: int, draw) -> "tuple[float, float]":
     "p and its floor, from the wells of a metabolite and the reference wells in each stratum."
     n = sum(len(x) for x, _ in parts)
@@ -199,7 +228,7 @@ def _exchanged(parts: "list[tuple[np.ndarray, np.ndarray]]", side: str, n_perm: 
     size = np.prod([float(comb(len(x) + len(d), len(x))) for x, d in parts])
     null = [len(x) / n * _contrasts(np.r_[x, d], len(x), n_perm, draw) for x, d in parts]
     if whole := size <= n_perm: null = reduce(np.add.outer, null).ravel()
-    else: null = sum(draw.choice(v, n_perm) for v in null)
+    else: null = sum(draw.permutation(v) if len(v) == n_perm else draw.choice(v, n_perm) for v in null)
     if side == "two": null, seen = np.abs(null), abs(seen)
     far = int((null >= seen - 1e-9 * max(1.0, abs(seen))).sum())  # the last digits do not count
     return (far / size, 1 / size) if whole else ((far + 1) / (n_perm + 1), 1 / (n_perm + 1))
@@ -235,13 +264,15 @@ class _Setting(NamedTuple):
     sd2: tuple  # variance and df of metabolite wells
     sd2_ref: tuple  # variance and df of reference wells
 
+# %% ../../nbs/interpret/30_activation.ipynb #1865f3fa
 def _setting(values, obs, adjust, reference) -> _Setting:
     "Make values comparable and pool the variances."
     x, found = comparable(values, obs, adjust, reference=reference).to_numpy(), control_wells(obs, reference)
     batch = obs["batch"].to_numpy()
     strata = pd.factorize(batch)[0] if adjust == "control" else np.zeros(len(x), int)
     groups = [x[found & (strata == s)] for s in range(strata.max() + 1)]
-    if len(x) - found.sum() == 0: raise InputError("reference wells alone", "wells with a perturbation beside them", "look at pert and the reference")
+    if len(x) - found.sum() == 0:
+        raise InputError("reference wells alone", "wells with a perturbation beside them", "look at pert and the reference")
     sd2 = _replicate_variance(x[~found], obs["pert"].to_numpy()[~found], None if adjust == "none" else batch[~found])
     if adjust == "place":  # each plate gave up a row and a column pattern
         kept = obs.groupby("batch", observed=True).agg(n=("row", "size"), r=("row", "nunique"), c=("column", "nunique"))
@@ -251,15 +282,18 @@ def _setting(values, obs, adjust, reference) -> _Setting:
 
 def _effects(s: _Setting, pert: np.ndarray) -> pd.DataFrame:
     "T, its standard error and df, wells, and the largest number of wells in one stratum, of each perturbation."
-    cell = pd.DataFrame({"pert": pert, "s": s.strata, "x": s.x})[~s.found].groupby(["pert", "s"])["x"].agg(["mean", "size"]).reset_index()
+    wells = pd.DataFrame({"pert": pert, "s": s.strata, "x": s.x})[~s.found]
+    cell = wells.groupby(["pert", "s"])["x"].agg(["mean", "size"]).reset_index()
     k, m = (np.array([f(g) if len(g) else np.nan for g in s.groups])[cell["s"]] for f in (len, np.mean))
     w = cell["size"] / cell.groupby("pert")["size"].transform("sum")
-    out = cell.assign(t=w * (cell["mean"] - m), k=w**2 / k).groupby("pert").agg(t=("t", "sum"), k=("k", "sum"), n=("size", "sum"), most=("size", "max"))
+    cell = cell.assign(t=w * (cell["mean"] - m), k=w**2 / k)
+    out = cell.groupby("pert").agg(t=("t", "sum"), k=("k", "sum"), n=("size", "sum"), most=("size", "max"))
     a, b = s.sd2[0] / out["n"], s.sd2_ref[0] * out["k"]
     if s.sd2 is s.sd2_ref: df = pd.Series(float(max(s.sd2[1], 1)), out.index)  # one variance stands for both
     else: df = ((a + b)**2 / (a**2 / s.sd2[1] + b**2 / s.sd2_ref[1])).fillna(1.0)
     return out.assign(se=np.sqrt(a + b), df=df)
 
+# %% ../../nbs/interpret/30_activation.ipynb #cbab4f1a
 def _alike(s: _Setting) -> np.ndarray:
     "Distance of each well from the reference wells of its stratum, so scaled that all have the variance of one well."
     k, m = (np.array([f(g) for g in s.groups])[s.strata] for f in (len, np.mean))
@@ -281,7 +315,7 @@ def _p_values(s: _Setting, e: pd.DataFrame, pert: np.ndarray, test: str, side: s
         out[name] = _exchanged(parts, side, n_perm, draw)
     return pd.DataFrame.from_dict(out, orient="index", columns=["p", "p_floor"])
 
-# %% ../../nbs/interpret/30_activation.ipynb #1865f3fa
+# %% ../../nbs/interpret/30_activation.ipynb #828577c5
 def needed_at_floor(
     floor: float,  # smallest p the test can give
     n_tests: int,  # perturbations tested
@@ -295,6 +329,7 @@ def _named(table: pd.DataFrame, fdr: float) -> np.ndarray:
     found = (table["fdr"] <= fdr).to_numpy()
     return np.select([found & (table["effect"] > 0), found & (table["effect"] < 0)], ["activating", "inhibiting"], "not told apart")
 
+# %% ../../nbs/interpret/30_activation.ipynb #220a297d
 def metabolite_table(
     values: "np.ndarray | pd.Series",  # one number for each well: a projection, a score, a distance
     obs: pd.DataFrame,  # the well table
@@ -312,11 +347,13 @@ def metabolite_table(
     from scipy.special import stdtrit
     for name, got, known in (("test", test, TESTS), ("side", side, ("two", "greater"))):
         if got not in known: raise InputError(f"{name}={got!r}", f"one of {', '.join(known)}", nearest(str(got), known))
+    if n_perm < 99: raise InputError(f"n_perm={n_perm}", "99 or more", "10000 is usual")
     s, pert = _setting(values, obs, adjust, reference), obs["pert"].astype(object).to_numpy()
     e = _effects(s, pert)
     half = stdtrit(e["df"], (1 + level) / 2) * e["se"]
     raw = pd.Series(_rows(values, obs))[~s.found].groupby(pert[~s.found]).agg(["mean", "std", "size"]).set_axis(["mean", "sd", "n"], axis=1)
-    table = raw.assign(effect=e["t"], lo=e["t"] - half, hi=e["t"] + half).join(_p_values(s, e, pert, test, side, n_perm, seed)).rename_axis("pert")
+    p = _p_values(s, e, pert, test, side, n_perm, seed)
+    table = raw.assign(effect=e["t"], lo=e["t"] - half, hi=e["t"] + half).join(p).rename_axis("pert")
     table["fdr"] = adjust_p(table["p"], "bh")
     table = table.assign(direction=_named(table, fdr)).sort_values("effect", ascending=False, kind="stable")
     floor = table["p_floor"].min()
@@ -343,11 +380,12 @@ def replicate_agreement(
     seed: int = 0,  # of the draws
 ) -> Estimate:  # Spearman correlation between replicates over perturbations; interval over perturbations
     "Agreement of the replicates on the order of the perturbations."
-    v, found = comparable(values, obs, adjust, reference=reference), control_wells(obs, reference)
+    v, found = comparable(values, obs, adjust, reference=reference), _named_wells(obs, reference)
     if "replicate" not in obs: raise InputError("no column 'replicate' in obs", "a name for each replicate", "add it")
     wide = v[~found].groupby([obs["pert"].to_numpy()[~found], obs["replicate"].to_numpy()[~found]]).mean().unstack().dropna()
     if wide.shape[1] < 2 or len(wide) < 5:
-        raise InputError(f"{wide.shape[1]} replicates with {len(wide)} perturbations in all of them", "two replicates and five perturbations", "look at the column replicate")
+        raise InputError(f"{wide.shape[1]} replicates with {len(wide)} perturbations in all of them",
+                         "two replicates and five perturbations", "look at the column replicate")
     return bootstrap(_rank_correlation, wide.to_numpy(), n_boot=n_boot, seed=seed)
 
 # %% ../../nbs/interpret/30_activation.ipynb #40c6f195
@@ -360,20 +398,24 @@ def place_agreement(
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:  # rows copies, same place, difference; columns value, low, high, n (places)
     "Correlation between replicates of the same perturbations, and of other perturbations at the same places."
-    v, found = pd.Series(_rows(values, obs, ["replicate", "plate", "row", "column"]), obs.index), control_wells(obs)
+    v, found = pd.Series(_rows(values, obs, ["replicate", "plate", "row", "column"]), obs.index), _named_wells(obs, None)
     use = ~found & (obs["plate"].astype(str).isin(obs["plate"].astype(str) if plates is None else list(plates))).to_numpy()
     o = obs[use]
-    if use.sum() and o.duplicated(["replicate", "plate", "row", "column"]).any(): raise InputError("two wells at one place", "one well for each replicate, plate, row and column", "look at these columns")
+    if o.duplicated(["replicate", "plate", "row", "column"]).any():
+        raise InputError("two wells at one place", "one well for each replicate, plate, row and column", "look at these columns")
     wide = pd.Series(v[use].to_numpy(), [o["row"], o["column"], o["plate"], o["replicate"]]).unstack([2, 3]).dropna()
     keys, ranks = list(wide), wide.to_numpy()
     pairs = [(i, j, keys[i][0] == keys[j][0]) for i, j in combinations(range(len(keys)), 2) if keys[i][1] != keys[j][1]]
-    if len(wide) < 5 or {True, False} - {p[2] for p in pairs}: raise InputError(f"{len(wide)} places on {len(keys)} plates", "two replicates of two layout plates or more", "this question needs several layouts")
+    if len(wide) < 5 or {True, False} - {p[2] for p in pairs}:
+        raise InputError(f"{len(wide)} places on {len(keys)} plates", "two replicates of two layout plates or more",
+                         "this needs several layouts")
     def mean(x, kinds):
         from scipy.stats import rankdata
         c = np.corrcoef(rankdata(x, axis=0).T)
         a, b = (np.mean([c[i, j] for i, j, same in pairs if same is k]) for k in (True, False))
         return {"copies": a, "same place": b, "difference": a - b}[kinds]
-    out = {k: bootstrap(lambda x, k=k: mean(x, k), ranks, method="percentile", n_boot=n_boot, seed=seed) for k in ("copies", "same place", "difference")}
+    out = {k: bootstrap(lambda x, k=k: mean(x, k), ranks, method="percentile", n_boot=n_boot, seed=seed) for k in ("copies",
+        "same place", "difference")}
     return pd.DataFrame({k: {"value": e.value, "low": e.low, "high": e.high, "n": e.n} for k, e in out.items()}).T.astype({"n": int})
 
 # %% ../../nbs/interpret/30_activation.ipynb #9d8d75ac
@@ -386,7 +428,8 @@ def _hill_fit(dose: np.ndarray, y: np.ndarray, level: float) -> dict:
     lo, hi, n = np.log10(dose.min()), np.log10(dose.max()), len(dose)
     if len(np.unique(dose)) < 4 or n < 5: return {"note": "fewer than 4 doses or 5 wells"}
     top = y[dose == dose.max()].mean()
-    try: fit, cov = curve_fit(_hill, dose, y, p0=[top, (lo + hi) / 2, 1.0], bounds=([-np.inf, lo - 2, 0.3], [np.inf, hi + 2, 5]), max_nfev=2000)
+    try: fit, cov = curve_fit(_hill, dose, y, p0=[top, (lo + hi) / 2, 1.0], bounds=([-np.inf, lo - 2, 0.3], [np.inf, hi + 2, 5]),
+                              max_nfev=2000)
     except RuntimeError: return {"note": "no fit was found"}
     rss, flat = ((y - _hill(dose, *fit))**2).sum(), ((y - y.mean())**2).sum()
     if not flat > 0 or fdtrc(2, n - 3, (flat - rss) / 2 / max(rss / (n - 3), 1e-300)) > 0.05: return {"note": "no better than a constant"}
@@ -395,6 +438,7 @@ def _hill_fit(dose: np.ndarray, y: np.ndarray, level: float) -> dict:
     return {"ec50": 10**fit[1], "lo": 10**(fit[1] - half), "hi": 10**(fit[1] + half), "effect": fit[0], "hill": fit[2],
             "note": "" if half < 1 else "interval wider than a factor of 100"}
 
+# %% ../../nbs/interpret/30_activation.ipynb #2e1508c2
 def _trend(dose: np.ndarray, y: np.ndarray, batch: np.ndarray, n_perm: int, draw) -> "tuple[float, float]":
     "Spearman correlation with the dose and its p."
     from scipy.stats import rankdata
@@ -419,7 +463,8 @@ def dose_response(
     level: float = 0.95,  # of the interval of EC50
 ) -> pd.DataFrame:  # index pert; n, n_doses, trend, p, fdr; ec50, lo, hi (uM), effect, hill where a Hill curve fits; note
     "Trend and Hill curve of each compound that was given in several doses."
-    if "dose_um" not in obs or not obs["dose_um"].gt(0).any(): raise InputError("wells without doses", "a column dose_um with doses above 0", "dose-response needs a dose series")
+    if "dose_um" not in obs or not obs["dose_um"].gt(0).any():
+        raise InputError("wells without doses", "a column dose_um with doses above 0", "dose-response needs a dose series")
     v, found = comparable(values, obs, adjust, reference=reference), control_wells(obs, reference)
     v, draw, out = v - v[found].mean(), rng(seed, "interpret.activation", "dose"), {}
     use = ~found & obs["dose_um"].gt(0).to_numpy()
@@ -428,7 +473,9 @@ def dose_response(
         if len(np.unique(dose)) < 3: continue
         trend, p = _trend(dose, y, batch, n_perm, draw)
         out[pert] = {"n": len(dose), "n_doses": len(np.unique(dose)), "trend": trend, "p": p, **_hill_fit(dose, y, level)}
-    if not out: raise InputError("no compound with three doses or more", "a dose series", "dose-response needs several doses of one compound")
-    table = pd.DataFrame.from_dict(out, orient="index").reindex(columns=["n", "n_doses", "trend", "p", "ec50", "lo", "hi", "effect", "hill", "note"])
+    if not out:
+        raise InputError("no compound with three doses or more", "a dose series", "dose-response needs several doses of one compound")
+    columns = ["n", "n_doses", "trend", "p", "ec50", "lo", "hi", "effect", "hill", "note"]
+    table = pd.DataFrame.from_dict(out, orient="index").reindex(columns=columns)
     table.insert(4, "fdr", adjust_p(table["p"], "bh"))
     return table.rename_axis("pert").sort_values("p", kind="stable")
