@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 
 from ..core import InputError, MissingFile, nearest, project_root, verified, write_problem
-from . import simulate, simulate_norman
+from . import simulate, simulate_drugseq, simulate_norman
 
 # %% ../../nbs/data/09b_demo.ipynb #130e1e7b
-SIMULATIONS = {"tahoe": simulate.simulate_tahoe, "norman": simulate_norman.simulate_norman}  # function(out, seed, size, overwrite=…)
-_MODELS = {"tahoe": simulate.MODEL, "norman": simulate_norman.MODEL}  # the present version of each
+SIMULATIONS = {"tahoe": simulate.simulate_tahoe, "norman": simulate_norman.simulate_norman,
+               "drugseq": simulate_drugseq.simulate_drugseq}  # function(out, seed, size, overwrite=…)
+_MODELS = {"tahoe": simulate.MODEL, "norman": simulate_norman.MODEL, "drugseq": simulate_drugseq.MODEL}  # the present version of each
 
 def simulation(
     name: str,  # a key of SIMULATIONS
