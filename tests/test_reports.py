@@ -226,7 +226,7 @@ def test_nothing_of_yours_is_removed(report, fails, toy, counts, tmp_path):
 
 
 def test_stopped_seeds_stop(toy, counts, tmp_path):
-    slow = toy("toy", "import time; time.sleep(20)")
+    slow = toy("toy", "import time; time.sleep(300)")
     process = subprocess.Popen([*CLI, "run", str(slow), "-p", f"counts={counts}", "--seeds", "0:4", "--jobs", "2", "--out", str(tmp_path / "many")], stderr=subprocess.PIPE)
     while not list(tmp_path.glob("many/.seed1.*.tmp/.work")): time.sleep(0.1)
     time.sleep(2)
