@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'CONTROL', 'LAB', 'well_position', 'row_number', 'without_control', 'control_wells', 'check_wells',
-           'read_tables', 'write_tables', 'well_pairs', 'agreement', 'target_facts', 'reversed_plates']
+           'read_tables', 'write_tables', 'well_pairs', 'agreement', 'target_facts', 'reversed_plates',
+           'position_facts']
 
 # %% ../../nbs/data/03_drugseq.ipynb #6961cd1f
 import csv, hashlib, re
@@ -453,3 +454,45 @@ def _flag(t: pd.DataFrame, alpha: float) -> pd.DataFrame:
     t["says"] = np.where(t.reversed, "batch effect against the other plates; a swap of the two copies is possible, not confirmed",
                          np.where(t.p_shift < alpha, "the copies differ (batch effect), the same way as the rest or without a majority", "no shift beyond chance"))
     return t
+
+# %% ../../nbs/data/03_drugseq.ipynb #daa379bf
+def _maps(obs: pd.DataFrame, value: str) -> pd.DataFrame:
+    "Plates by positions: treated wells only, NaN elsewhere."
+    t = obs[obs.pert_type.astype(str).ne("control")].assign(replicate=lambda o: o.replicate.astype(str), plate=lambda o: o.plate.astype(str), row=lambda o: o.row.astype(str))
+    return t.pivot(index=["replicate", "plate"], columns=["row", "column"], values=value).astype(float)
+
+def _likeness(m: pd.DataFrame, rep: str, plate: str, n_perm: int, draw) -> "tuple[dict, pd.Series]":
+    "One plate against the mean maps of the other layouts; and what a line through the two maps leaves."
+    y, at = m.loc[(rep, plate)], m.index
+    maps = [m[(at.get_level_values("plate") != plate) & ((at.get_level_values("replicate") == rep) == own)].mean() for own in (True, False)]
+    ok = y.notna() & maps[0].notna() & maps[1].notna()
+    if ok.sum() < 10: raise InputError(f"plate {rep}_{plate}: {int(ok.sum())} treated positions are treated in other layouts too", "at least 10", "this question needs several layouts of one shape")
+    v, a = y[ok].to_numpy(), np.c_[np.ones(ok.sum()), maps[0][ok], maps[1][ok]]
+    r = [_pearson(v, a[:, k]) for k in (1, 2)]
+    null = [max(abs(_pearson(w, a[:, k])) for k in (1, 2)) for w in (draw.permutation(v) for _ in range(n_perm))]
+    left = v - a @ np.linalg.lstsq(a, v, rcond=None)[0]
+    return dict(r_own=r[0], r_other=r[1], looks_like="own copy" if r[0] >= r[1] else "other copy", p=(1 + sum(x >= max(map(abs, r)) - 1e-12 for x in null)) / (1 + n_perm),
+                share=1 - left.var() / v.var() if v.var() > 0 else float("nan")), pd.Series(left, y.index[ok])
+
+# %% ../../nbs/data/03_drugseq.ipynb #e72c58ee
+def position_facts(
+    wells: ad.AnnData,  # table of wells: two replicates of two layouts or more
+    value: str,  # column of obs, such as a score
+    *,
+    n_perm: int = 199,  # permutations of the wells of each plate
+    seed: int = 0,
+) -> dict:  # plates: DataFrame (r_own, r_other, looks_like, p, share); share; replicate_corr and replicate_corr_left over the same pairs
+    "How much of a value the position tells, judged by other metabolites at that position."
+    obs = check_wells(wells, needs=("position", value)).obs
+    if obs.replicate.nunique() != 2 or obs.plate.nunique() < 2: raise InputError(f"{obs.replicate.nunique()} replicates of {obs.plate.nunique()} layouts", "two replicates of two layouts or more", "position and treatment cannot be told apart here")
+    m, draw = _maps(obs, value), rng(seed, "drugseq.position_facts")
+    found = {k: _likeness(m, *k, n_perm, draw) for k in m.index}
+    table = pd.DataFrame({f"{r}_{p}": row for (r, p), (row, _) in found.items()}).T.infer_objects()
+    left = pd.DataFrame({k: s for k, (_, s) in found.items()}).T.reindex(index=m.index, columns=m.columns)
+    one, two = sorted(m.index.get_level_values(0).unique())
+    total = lambda t: float((t.sub(t.mean(axis=1), axis=0) ** 2).sum().sum())
+    def corr(t):
+        both = pd.DataFrame({"a": t.loc[one].stack(["row", "column"], future_stack=True), "b": t.loc[two].stack(["row", "column"], future_stack=True)}).dropna()
+        return _pearson(both.a, both.b)
+    used = m.where(left.notna())
+    return dict(plates=table, share=1 - total(left) / total(used) if total(used) > 0 else float("nan"), replicate_corr=corr(used), replicate_corr_left=corr(left))

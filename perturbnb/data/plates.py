@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ..core import InputError, file_hash, nearest, rng, verified
+from ..core import InputError, PerturbError, file_hash, nearest, rng, verified
 from .drugseq import CONTROL, check_wells, control_wells, row_number, well_position
 from .schema import _refuse_unsafe, group_sums, is_control_name, log1p_cp10k, signatures
 
@@ -146,9 +146,10 @@ def _load(path, sheet: "pd.DataFrame | None", layer: "str | None") -> "tuple":
     "Counts, names of wells, var, and the sheet in the order of the wells."
     name = Path(path).name
     if name.endswith(".h5ad"):
-        _refuse_unsafe(verified(path))
-        try: a = ad.read_h5ad(path)
+        try: _refuse_unsafe(verified(path)); a = ad.read_h5ad(path)
+        except PerturbError: raise
         except Exception as e: raise InputError(f"{name} cannot be read as h5ad ({str(e)[:60]})", "an intact h5ad file", "fetch it again") from e
+        if layer and layer not in a.layers: raise InputError(f"{name}: no layer {layer!r}", "a layer of the file", nearest(layer, a.layers))
         x = a.layers[layer] if layer else a.layers.get("counts", a.X)
         return _whole(x, a.obs_names, a.var_names, name), a.obs_names.astype(str), a.var.copy(), _beside(a.obs, sheet, name)
     if sheet is None: raise InputError(f"{name} without a sheet", "metadata= with a row for each well", "name the file that says what was put where")
