@@ -237,3 +237,13 @@ def test_the_real_plates():
     q = real_file("drugseq_tcell/pan_t_activation_counts.parquet")
     pan = plates.read_plate(q, q.with_name("pan_t_activation_metadata.csv"), **plates.PAN_T)
     assert pan.shape == (33, 57133) and pan.obs.donor.value_counts().eq(11).all() and control_wells(pan).sum() == 18
+
+
+def test_what_the_position_tells():
+    w = many_layouts(0)
+    w.obs["graded"] = w.obs.column + .5 * w.obs.score
+    graded, noise = drugseq.position_facts(w, "graded", n_perm=49), drugseq.position_facts(w, "score", n_perm=49)
+    assert graded["share"] > .9 and abs(graded["replicate_corr_left"]) < .3 < graded["replicate_corr"] and noise["share"] < .15
+    shares = plates.position_effects(w, "graded", n_perm=49)
+    assert (shares.column > .9).all() and (shares.row_p > .05).all()
+    one_line(lambda: drugseq.position_facts(w[w.obs.plate == "L1"].copy(), "score"), "2 replicates of 1 layouts")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MICROMOLAR', 'HOURS', 'ALIASES', 'PAN_T', 'FORMATS', 'measure', 'control_name', 'find_columns', 'read_plate',
            'well_qc', 'size_factors', 'vst', 'fit_dispersion', 'normalise', 'expressed', 'mean_variance',
-           'plate_effects', 'plate_format', 'is_edge', 'edge_effects', 'plate_map', 'centre_plates', 'to_signatures']
+           'plate_effects', 'plate_format', 'is_edge', 'edge_effects', 'position_effects', 'plate_map', 'centre_plates',
+           'to_signatures']
 
 # %% ../../nbs/data/03a_plates.ipynb #0bf92c84
 import hashlib, re, unicodedata
@@ -507,6 +508,7 @@ def edge_effects(
         if null is not None: nulls.append((rows[b]["n_edge"] + rows[b]["n_inner"], rows[b]["difference"], null))
     return pd.DataFrame({**rows, "all": _all_plates(rows, nulls)}).T.infer_objects()
 
+# %% ../../nbs/data/03a_plates.ipynb #64dc7abc
 def _edge(v: np.ndarray, edge: np.ndarray, n_perm: int, draw) -> "tuple[dict, np.ndarray | None]":
     "One plate, and its differences under permutation."
     n, m = int(edge.sum()), int((~edge).sum())
@@ -523,6 +525,34 @@ def _all_plates(rows: dict, nulls: list) -> dict:
     w = np.array([n for n, _, _ in nulls], float) / sum(n for n, _, _ in nulls)
     seen, null = float(w @ [d for _, d, _ in nulls]), w @ np.array([x for _, _, x in nulls])
     return out | dict(difference=seen, p=float((1 + (np.abs(null) >= abs(seen) - 1e-12).sum()) / (1 + len(null))))
+
+# %% ../../nbs/data/03a_plates.ipynb #21a4b219
+def _shares(v: np.ndarray, codes: np.ndarray, n_perm: int, draw) -> "tuple[float, float, float]":
+    "Share of the variance between groups, its value by chance, and p."
+    total, n = ((v - v.mean()) ** 2).sum(), np.bincount(codes)
+    if len(n) < 2 or len(n) == len(v) or total <= 0: return np.nan, np.nan, np.nan
+    share = lambda x: (n * (np.bincount(codes, x) / n - v.mean()) ** 2).sum() / total
+    null = np.array([share(draw.permutation(v)) for _ in range(n_perm)])
+    return float(share(v)), (len(n) - 1) / (len(v) - 1), float((1 + (null >= share(v) - 1e-12).sum()) / (1 + n_perm))
+
+# %% ../../nbs/data/03a_plates.ipynb #e5316f1f
+def position_effects(
+    wells: ad.AnnData,  # table of wells with positions
+    values: "str | Sequence[float] | None" = None,  # column of obs, or one number for each well; log10 of the depth if not given
+    *,
+    on: str = "all",  # all wells, or control wells only
+    n_perm: int = 999, seed: int = 0,
+) -> pd.DataFrame:  # a row for each plate: n, row, row_chance, row_p, column, column_chance, column_p; NaN where nothing varies
+    "Shares of the variance within each plate that go with row and column."
+    if on not in ("all", "control"): raise InputError(f"on={on!r}", "all or control", nearest(on, ["all", "control"]))
+    check_wells(wells, needs=("position", *(["counts"] if values is None else [])))
+    v = np.log10(np.maximum(np.asarray(wells.layers["counts"]).sum(1), 1)) if values is None else _columns(wells, values)[0][:, 0]
+    use, draw, out = control_wells(wells) if on == "control" else np.ones(wells.n_obs, bool), rng(seed, "plates.position_effects"), {}
+    for b, o in wells.obs[use].groupby(wells.obs.batch[use].astype(str)):
+        x = v[wells.obs_names.get_indexer(o.index)]
+        found = {k: _shares(x, pd.factorize(o[k].astype(str))[0], n_perm, draw) for k in ("row", "column")}
+        out[b] = {"n": len(o)} | {f"{k}{s}": found[k][i] for k in found for i, s in enumerate(("", "_chance", "_p"))}
+    return pd.DataFrame(out).T
 
 # %% ../../nbs/data/03a_plates.ipynb #11e55f76
 def plate_map(
@@ -549,6 +579,7 @@ def plate_map(
         ax.scatter(c[here & is_control], r[here & is_control], s=900 / (across * n_cols), facecolors="none", edgecolors=CONTROL_GREY, linewidths=1.1)
         _name_axes(ax, n_rows, n_cols, label(b), SMALL)
     bar = fig.colorbar(im, ax=axes, location="bottom", aspect=50, shrink=.6)
+    bar.ax.tick_params(labelsize=SMALL)
     bar.set_label(label(what or (values if isinstance(values, str) else "value"), 80), fontsize=SMALL)
     return fig
 
@@ -632,6 +663,7 @@ def to_signatures(
     out.layers["se"] = se
     return out
 
+# %% ../../nbs/data/03a_plates.ipynb #1f3b7d7d
 def _filled(obs: pd.DataFrame, dose_um: "float | None", time_h: "float | None") -> pd.DataFrame:
     "Doses and times where they are not told by the table."
     obs, is_control = obs.copy(), obs.pert_type.astype(str).eq("control")
