@@ -81,7 +81,7 @@ def splits(rule: Annotated[Optional[str], typer.Argument(help="Only this rule.")
 # %% ../nbs/cli.ipynb #35b26338
 @app.command(epilog="Example: perturbnb simulate tahoe data/demo/tahoe --seed 1 --size small")
 def simulate(
-    dataset: Annotated[str, typer.Argument(help="Which data set to imitate: tahoe or norman.")],
+    dataset: Annotated[str, typer.Argument(help="Which data set to imitate: tahoe, norman or drugseq.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; refused if it exists, unless --overwrite and an earlier simulation.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     size: Annotated[str, typer.Option(help="tiny, small or medium.")] = "small",
@@ -96,8 +96,8 @@ def simulate(
 # %% ../nbs/cli.ipynb #6285420e
 @app.command(epilog="Examples: perturbnb prepare tahoe tahoe100m bulk.h5ad --n-genes 2000    then: perturbnb prepare effects bulk.h5ad effects.h5ad")
 def prepare(
-    what: Annotated[str, typer.Argument(help="tahoe: shards to a bulk table, one row for each drug, line, dose and plate; effects: a bulk table to treated minus control.")],
-    source: Annotated[Path, typer.Argument(metavar="IN", help="The release (folder with data/ and metadata/), or the bulk table.")],
+    what: Annotated[str, typer.Argument(help="tahoe: shards to a bulk table, one row for each drug, line, dose and plate; effects: a bulk table to treated minus control; drugseq: plates of wells to treated minus control.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="The release (folder with data/ and metadata/), the bulk table, or the counts of plates (.h5ad, CSV, Parquet; or a folder of the seven DRUG-seq tables).")],
     out: Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="The table to write, whole or not at all.")],
     panel: Annotated[str, typer.Option(help="hvg (variable genes of control cells), all, or a file with a gene in each line.")] = "hvg",
     n_genes: Annotated[int, typer.Option(help="Genes of an hvg panel.")] = 2000,
@@ -105,7 +105,7 @@ def prepare(
     workers: Annotated[Optional[int], typer.Option(help="Threads that count [default: all cores]; the table is the same for any number.")] = None,
     memory_gb: Annotated[float, typer.Option(help="Memory for sums; more than that goes to disk.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Of the two halves of the cells, and of the shards for the panel.")] = 0,
-    hours: Annotated[float, typer.Option(help="Time of treatment: the release states none, so this is an assumption.")] = 24.0,
+    hours: Annotated[Optional[float], typer.Option(help="Time of treatment where the data state none, so an assumption [default: 24 for tahoe].")] = None,
     hashes: Annotated[Optional[Path], typer.Option(help="Published SHA-256 of the shards (SHA256SUMS, or CSV with name and sha256).")] = None,
     shards: Annotated[Optional[str], typer.Option(help="Only these shards, as 0:100 or 3,5.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Shards may be missing.")] = False,
@@ -113,13 +113,19 @@ def prepare(
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where an earlier call stopped, or start anew.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a table that is there.")] = False,
     min_control_cells: Annotated[int, typer.Option(help="effects: fewer control cells than this are too few.")] = 100,
+    metadata: Annotated[Optional[Path], typer.Option(help="drugseq: the sheet with a row for each well, where the counts do not bring it.")] = None,
+    control: Annotated[Optional[str], typer.Option(help="drugseq: name of the control wells [default: DMSO].")] = None,
+    unit: Annotated[str, typer.Option(help="drugseq: vst or log1p_cp10k.")] = "vst",
+    dose_um: Annotated[Optional[float], typer.Option(help="drugseq: dose in micromolar where the sheet states none.")] = None,
 ):
-    "Make the table that analyses read: `prepare tahoe` from shards, `prepare effects` from a bulk table."
+    "Make the table that analyses read: `prepare tahoe` from shards, `prepare effects` from a bulk table, `prepare drugseq` from plates."
     from perturbnb.core import nearest
-    if what not in ("tahoe", "effects"): raise InputError(f"prepare {what!r}", "tahoe or effects", nearest(what, ["tahoe", "effects"]))
+    kinds = ["tahoe", "effects", "drugseq"]
+    if what not in kinds: raise InputError(f"prepare {what!r}", f"one of {', '.join(kinds)}", nearest(what, kinds))
+    if what == "drugseq": return _prepare_drugseq(source, out, metadata, control, unit, dose_um, hours, overwrite)
     if what == "effects": return _prepare_effects(source, out, min_control_cells, overwrite)
     from perturbnb.data.tahoe_bulk import tahoe_bulk
-    facts = tahoe_bulk(source, out, panel=panel, n_genes=n_genes, panel_shards=panel_shards, workers=workers, memory_gb=memory_gb, seed=seed, time_h=hours, hashes=hashes,
+    facts = tahoe_bulk(source, out, panel=panel, n_genes=n_genes, panel_shards=panel_shards, workers=workers, memory_gb=memory_gb, seed=seed, time_h=24.0 if hours is None else hours, hashes=hashes,
                        only=_numbers(shards), partial=partial, skip_damaged=skip_damaged, resume=resume, overwrite=overwrite, progress=sys.stderr.isatty())
     print(str(facts), file=sys.stderr)
     print(out)
@@ -133,12 +139,28 @@ def _numbers(text: "str | None") -> "range | list | None":
     if not len(out) or min(out) < 0: raise InputError(f"--shards {text[:80]!r}", "shard numbers, as 0:100 (0 to 99) or 3,5", "write --shards 0:100")
     return out
 
-def _prepare_effects(source: Path, out: Path, min_control_cells: int, overwrite: bool) -> None:
+def _free(out: Path, overwrite: bool) -> None:
     from perturbnb.core import OutputError
-    from perturbnb.data import schema
-    from perturbnb.data.tahoe_bulk import effects
     if out.suffix != ".h5ad": raise InputError(f"the output {out}", "a name that ends in .h5ad", "choose another name")
     if out.exists() and not overwrite: raise OutputError(f"{out} is there already", "a new name", "choose another name, or say --overwrite")
+
+def _prepare_drugseq(source: Path, out: Path, metadata, control, unit: str, dose_um, hours, overwrite: bool) -> None:
+    from perturbnb.data import plates, schema
+    from perturbnb.data.drugseq import read_tables
+    _free(out, overwrite)
+    if source.is_dir(): wells, left = read_tables(source, expression=True, targets=False, constant="drop"), ()
+    else:
+        counts = plates.read_plate(source, metadata, control=control)
+        keep = plates.well_qc(counts).keep.to_numpy()
+        wells, left = plates.normalise(plates.expressed(counts[keep]), unit), counts.obs_names[~keep]
+    table = plates.to_signatures(wells, control=control, dose_um=dose_um, time_h=hours)
+    print(f"{table.n_obs:,} effects x {table.n_vars:,} genes in {table.uns['perturbnb']['scale']}; {len(left):,} wells left out for their quality{': ' + ', '.join(left[:5]) if len(left) else ''}", file=sys.stderr)
+    print(schema.write(table, out))
+
+def _prepare_effects(source: Path, out: Path, min_control_cells: int, overwrite: bool) -> None:
+    from perturbnb.data import schema
+    from perturbnb.data.tahoe_bulk import effects
+    _free(out, overwrite)
     table = effects(schema.read(source), min_control_cells=min_control_cells)
     lost, moved = len(table.uns["perturbnb"].get("no_control", [])), int((table.obs.control != "same_line_same_plate").sum())
     print(f"{table.n_obs:,} effects x {table.n_vars:,} genes; {moved:,} against controls of other plates (obs.control says which); {lost:,} rows without enough controls left out", file=sys.stderr)
@@ -155,13 +177,25 @@ def predict(
     controls: Annotated[Optional[Path], typer.Option(help="Bulk table (.h5ad) with control rows of a line that the model does not know.")] = None,
     level: Annotated[float, typer.Option(help="Of the interval.")] = 0.95,
     interval: Annotated[str, typer.Option(help="auto, or a kind that `interpret.use` names.")] = "auto",
-    out: Annotated[Optional[Path], typer.Option(help="CSV for all genes; its account goes beside it as .csv.json.")] = None,
-    top: Annotated[int, typer.Option(help="Genes to print.")] = 20,
+    out: Annotated[Optional[Path], typer.Option(help="CSV for all genes, or all wells; the account of an effect goes beside it as .csv.json.")] = None,
+    top: Annotated[int, typer.Option(help="Genes or wells to print.")] = 20,
+    wells: Annotated[Optional[Path], typer.Option(help="Score these wells with a tcell model: .h5ad well table, or a folder with expr_mat.csv, meta_id.csv and well_id.csv.")] = None,
+    reference: Annotated[Optional[str], typer.Option(help="With --wells: what distances are measured from: training, or a treatment on the plates [default: DMSO of the same plate].")] = None,
+    select: Annotated[str, typer.Option(help="With --wells: Euclid or Cosine distance.")] = "Euclid",
 ):
-    "The effect of a compound on a cell line: change of each gene with its interval, and how far the question lies from the training data."
+    "The effect of a compound on a cell line, with intervals and its distance from the training data; or, with --wells, the scores of new wells."
+    if wells is not None: return _predict_wells(model, wells, reference, select, out, top, dict(smiles=smiles, drug=drug, cell_line=cell_line, dose_um=dose_um, controls=controls))
+    if reference is not None: raise InputError(f"--reference {reference} without --wells", "--wells with it", "leave it out, or name the wells")
     from perturbnb.interpret.use import predict_command
     print(predict_command(model if len(model) > 1 else model[0], smiles=smiles, drug=drug, cell_line=cell_line, dose_um=dose_um, controls=controls,
                           level=level, interval=interval, out=out, top=top))
+
+# %% ../nbs/cli.ipynb #d0ae35d2
+def _predict_wells(model: list, wells: Path, reference, select: str, out, top: int, others: dict) -> None:
+    from perturbnb.interpret.wells import predict_wells
+    if odd := [k for k, v in others.items() if v is not None]: raise InputError(f"--{odd[0].replace('_', '-')} together with --wells", "one question at a time", "leave one of the two out")
+    if len(model) > 1: raise InputError(f"{len(model)} models with --wells", "one model", "name one folder")
+    print(predict_wells(model[0], wells, reference=reference, select=select, out=out, top=top))
 
 # %% ../nbs/cli.ipynb #adb06d4a
 @app.command(epilog="Example: perturbnb rank reports/f_r/model disease.csv --reverse --cell-line CVCL_0023")

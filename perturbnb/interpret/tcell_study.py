@@ -53,7 +53,7 @@ def _published_split(obs: pd.DataFrame, seed: int) -> Split:
     _, test = train_test_split(np.arange(len(obs)), test_size=.2, stratify=obs.label, random_state=SEED + seed)
     part = pd.Series("train", obs.index, dtype=object)
     part.iloc[test] = "test"
-    return make_split("random_rows", part, seed=SEED + seed, params={"test": .2, "stratify": "label", "by": "scikit-learn"}, notes=["as published: wells are dealt at random"])
+    return make_split("random_rows", part, seed=SEED + seed, params={"controls": "split", "test": .2, "stratify": "label", "by": "scikit-learn"}, notes=["as published: wells are dealt at random"])
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #e9b47120
 BASELINES = {"ridge": ("WellRidge", {}), "pca50_ridge": ("WellRidge", {"n_components": 50}), "place": ("PlaceRidge", {}), "plate_mean": ("PlateMean", {}), "mean": ("PlateMean", {"by": None})}
