@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'FOLDS', 'SEED', 'BASELINES', 'NO_EXPRESSION', 'OF_SCORES', 'OF_LABEL', 'RANKED', 'well_split', 'predictions',
            'one_run', 'study_tasks', 'write_study', 'with_expression', 'study_runs', 'measured', 'well_scores',
-           'repeats', 'layouts']
+           'repeats', 'layouts', 'final_model', 'metabolites', 'study_measured']
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #4b97ea3f
 from collections.abc import Mapping, Sequence
@@ -88,12 +88,20 @@ def predictions(
         inner = _inner(known.obs, seed)
         model = TCell(seed=seed, dir=dir, **dict(settings or {})).fit(known[~inner], known[inner])
         out["predictions"].append(_frame("tcell", test, model.predict(test)))
-        out |= {"model": model, "history": model.history.table, "latents": pd.DataFrame(model.latent(test), index=test.obs_names).rename(columns=str)}
+        out |= {"model": model, "history": model.history.table, "latents": pd.DataFrame(model.latent(test)).rename(columns=str).assign(well=test.obs_names)}
     if published:
-        form = {"as_published": True, "attention": "groups", **{k: v for k, v in dict(settings or {}).items() if k in ("epochs", "attention", "width", "layers", "heads", "ff", "groups", "size")}}
+        form = _published_form(settings)
         model = TCell(seed=seed, **form).fit(known, test)
         out["predictions"].append(_frame("as_published", test, model.predict(test)))
     return {**out, "predictions": pd.concat(out["predictions"], ignore_index=True)}
+
+# %% ../../nbs/interpret/32_tcell_study.ipynb #e0348429
+def _published_form(settings: "Mapping | None") -> dict:
+    "Options of the source's form in the size of this run."
+    from perturbnb.models.tcell import SIZES
+    o = dict(settings or {})
+    sizes = {k: v for k, v in SIZES[o.get("size", "demo")].items() if k != "sketch"}
+    return {"as_published": True, "attention": "groups", **sizes, **{k: o[k] for k in ("epochs", "attention", *sizes) if k in o}}
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #a8c6aa67
 def one_run(seed: int, *, folder: str, out: str, rule: str, settings: "Mapping | None" = None, network: bool = True, published: bool = False, keep: bool = False) -> None:
@@ -197,6 +205,8 @@ def _one_set(t: pd.DataFrame, obs: pd.DataFrame, w: np.ndarray, wells: pd.Index)
     for s in SCORES:
         y, p = o[s].to_numpy(float), t[s].to_numpy(float)
         for m, f in OF_SCORES.items(): out[m, s, "all"], out[m, s, "within plates"] = f(y, p, w), f(_within(y, plate), _within(p, plate), w)
+    for m in OF_SCORES:
+        for stratum in ("all", "within plates"): out[m, "three scores", stratum] = np.mean([out[m, s, stratum] for s in SCORES], 0)
     y, p = o.label.to_numpy(float), t.logit.to_numpy(float)
     for m, f in OF_LABEL.items(): out[m, "label", "all"] = f(y, p, w)
     out["roc_auc", "label", "within plates"] = _auc(y, _within(p, plate), w)
@@ -265,3 +275,46 @@ def repeats(
 def layouts(obs: pd.DataFrame) -> int:  # 2 or more are needed to tell the metabolite from its place
     "Different layouts among the plates."
     return obs.plate.astype(str).nunique() if "plate" in obs else 0
+
+# %% ../../nbs/interpret/32_tcell_study.ipynb #2006b046
+def final_model(
+    wells: ad.AnnData,  # well table with targets
+    settings: "Mapping | None" = None,
+    *, seed: int = 0, dir: "str | Path | None" = None,  # where checkpoints go
+) -> "TCell":
+    "The network that a report keeps."
+    from perturbnb.models.tcell import TCell
+    inner = _inner(wells.obs, seed)
+    return TCell(seed=seed, dir=dir, **dict(settings or {})).fit(wells[~inner], wells[inner])
+
+# %% ../../nbs/interpret/32_tcell_study.ipynb #33bc8f8f
+def metabolites(
+    scores: pd.DataFrame,  # a column for each quantity; index: wells
+    obs: pd.DataFrame,
+    *, n_perm: int = 10_000, seed: int = 0, adjust: str = "place",
+) -> pd.DataFrame:  # quantity, pert and the columns of `interpret.activation.metabolite_table`
+    "Every metabolite in every quantity, against DMSO."
+    from perturbnb.interpret.activation import metabolite_table
+    parts = []
+    for c in scores:
+        t = metabolite_table(scores[c], obs.loc[scores.index], adjust=adjust, side="greater" if c == "distance" else "two", n_perm=n_perm, seed=seed)
+        parts.append((t if "pert" in t else t.rename_axis("pert").reset_index()).assign(quantity=c))
+    return pd.concat(parts, ignore_index=True)
+
+def study_measured(
+    place: Mapping,  # from `study_runs`
+    wells: ad.AnnData,
+    *, n_boot: int = 1000, n_perm: int = 10_000, seed: int = 0,
+) -> dict:  # tables by name
+    "Everything that was found."
+    from perturbnb.interpret.forward_study import gathered
+    rows, out = gathered(place, "predictions"), {k: gathered(place, k) for k in ("history", "facts", "audit")}
+    out["values"], out["differences"] = measured(rows, wells.obs, n_boot=n_boot, seed=seed, model="tcell" if (rows.model == "tcell").any() else "place")
+    known = wells.obs[[*SCORES]].assign(activation_old=wells.obs.get("activation_old", wells.obs[[*SCORES]].sum(axis=1)))
+    scores = known[["Tscore_z"]].rename(columns={"Tscore_z": "measured Tscore"})
+    if (rows.model == "tcell").any() and (rows.run == "replicate").any():
+        out["scores"] = well_scores(rows, gathered(place, "latents"), wells.obs)
+        scores = scores.join(out["scores"].drop(columns="Latent_Cosine").rename(columns=RANKED))
+    out["metabolites"] = metabolites(scores.rename(columns={RANKED["distance"]: "distance"}), wells.obs, n_perm=n_perm, seed=seed).replace({"quantity": {"distance": RANKED["distance"]}})
+    out["repeats"] = repeats(scores.join(known[[c for c in SCORES if c != "Tscore_z"]].add_prefix("measured ")), wells.obs, n_boot=n_boot, seed=seed) if layouts(wells.obs) > 1 else pd.DataFrame()
+    return out

@@ -166,7 +166,7 @@ def _in_parts(net: nn.Module, x: Tensor, device, rows: int = 64) -> dict:
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {k: v[:0] for k, v in net(torch.zeros(1, x.shape[1], device=device)).items()}
 
 # %% ../../nbs/models/12_tcell.ipynb #3ee1a2a3
-SIZES = {"demo": dict(width=64, layers=1, heads=4, ff=128, groups=32, sketch=64), "base": dict(width=128, layers=2, heads=4, ff=512, groups=32, sketch=64)}
+SIZES = {"demo": dict(width=64, layers=1, heads=4, ff=128, groups=16, sketch=64), "base": dict(width=128, layers=2, heads=4, ff=512, groups=32, sketch=64)}
 OURS = dict(attention="groups", wiring="latent", zscore=True, latent=32, gene_dropout=0.3, dropout=0.1, attention_dropout=0.0, old_weight=0.2,
             lr=1e-3, weight_decay=0.01, schedule="cosine", clip=1.0, warmup=0.05, epochs=30, batch=32, keep="best")
 PUBLISHED = {**OURS, **SIZES["base"], "attention": "exact", "wiring": "as_published", "zscore": False, "sketch": 0, "gene_dropout": 0.0, "old_weight": 0.0,
