@@ -90,7 +90,7 @@ def attributions(
     if method not in METHODS: raise InputError(f"method={method!r}", f"one of {', '.join(METHODS)}", nearest(str(method), METHODS))
     steps, batch, values, change = whole("steps", steps, 50), whole("batch", batch, 256), [torch.empty(0, x.shape[1])], [torch.empty(0)]
     with torch.no_grad(): start = f(b[None])
-    for part in x.split(batch):
+    for part in x.split(batch) if len(x) else ():
         if method == "integrated_gradients": a = IntegratedGradients(f).attribute(part, b[None], n_steps=steps, method="gausslegendre", internal_batch_size=batch)
         else: a = Saliency(f).attribute(part.clone().requires_grad_(), abs=False) * (1 if method == "gradient" else part - b)
         values.append(a.detach().cpu())
