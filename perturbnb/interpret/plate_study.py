@@ -6,8 +6,8 @@
 __all__ = ['UNITS', 'LOOKS', 'SAYS', 'read_wells', 'demo_wells', 'conditions', 'Plates', 'prepare', 'components',
            'control_distance', 'place_problem', 'place_out', 'one_depth', 'Look', 'tested', 'look', 'look_at_depth',
            'three_looks', 'judged', 'share_interval', 'against_truth', 'held_out_controls', 'copies', 'copy_agreement',
-           'place_checks', 'depth_link', 'signature_score', 'along_signature', 'Fold', 'fit_fold', 'place_wells',
-           'auc_interval', 'axis_by_donor']
+           'place_checks', 'depth_link', 'reach', 'positives', 'signature_score', 'along_signature', 'study', 'Fold',
+           'fit_fold', 'place_wells', 'auc_interval', 'axis_by_donor']
 
 # %% ../../nbs/interpret/33_plate_study.ipynb #13761601
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ import pandas as pd
 from ..core import InputError, nearest, rng
 from ..data.drugseq import check_wells, control_wells as reference_wells
 from ..data.plates import edge_effects, expressed, normalise, plate_effects, position_effects, read_plate, well_qc
-from .activation import (axis, comparable, control_wells, distances, metabolite_table, place_agreement, project,
-                                            replicate_agreement)
+from .activation import (axis, comparable, control_wells, distances, dose_response, metabolite_table, place_agreement,
+                                            project, replicate_agreement)
 from ..metrics.classify import roc_auc
 from ..metrics.uncertainty import Estimate, adjust_p, bootstrap, mean_interval
 
@@ -347,6 +347,33 @@ def depth_link(
     t = pd.DataFrame({"depth": np.log10(plates.wells.layers["counts"].sum(1)), "distance": values.to_numpy()})[use]
     return bootstrap(lambda x: spearmanr(x.depth, x.distance)[0], t.groupby(plates.obs.pert.to_numpy()[use]).mean(), n_boot=n_boot, seed=seed)
 
+# %% ../../nbs/interpret/33_plate_study.ipynb #8857627b
+def reach(
+    table: pd.DataFrame,  # of a look
+    fdr: float = .05,
+) -> pd.DataFrame:  # n (wells), conditions, p_floor, needed: conditions that must reach the floor together for this FDR
+    "The smallest p that conditions with so many wells can get."
+    from perturbnb.interpret.activation import needed_at_floor
+    t = table.groupby("n").p_floor.agg(["size", "min"]).reset_index().set_axis(["n", "conditions", "p_floor"], axis=1)
+    return t.assign(needed=[needed_at_floor(p, len(table), fdr) for p in t.p_floor])
+
+def positives(
+    plates: Plates, looks: dict,
+    names: "Sequence[str]" = (),  # treatments; those whose sample type says "positive" if empty
+) -> pd.DataFrame:  # a row for each condition: rank by the last look, its numbers, wells read and kept, why wells were left out
+    "Where the positive controls came out."
+    raw = conditions(plates.raw)
+    told = raw.sample_type.astype(str).str.contains("positive", case=False) if "sample_type" in raw else pd.Series(False, raw.index)
+    for n in [n for n in names if n not in set(raw.compound)]: raise InputError(f"positive control {n!r}", "a treatment of these plates", nearest(n, raw.compound.unique()))
+    mine = raw[(raw.compound.isin(list(names)) if names else told) & ~control_wells(raw)]
+    last, out = list(looks.values())[-1].table, []
+    for c, o in mine.groupby("pert"):
+        gone = plates.qc.loc[o.index].query("not keep")
+        row = dict(condition=c, n_read=len(o), n_kept=len(o) - len(gone), left_out="; ".join(sorted(set(gone.reason))), depth_left_out=gone.depth.tolist(), rank=np.nan, of=len(last))
+        if c in last.index: row |= dict(rank=last.index.get_loc(c) + 1, **{k: last.loc[c, k] for k in ("effect", "lo", "hi", "p", "p_floor", "fdr")})
+        out.append(row)
+    return pd.DataFrame(out, columns=["condition", "rank", "of", "n_read", "n_kept", "left_out", "depth_left_out", "effect", "lo", "hi", "p", "p_floor", "fdr"]).sort_values("rank", kind="stable", ignore_index=True)
+
 # %% ../../nbs/interpret/33_plate_study.ipynb #d045b4a0
 def signature_score(
     wells: ad.AnnData, obs: pd.DataFrame,  # X in the unit; conditions
@@ -369,6 +396,33 @@ def along_signature(
     dealt = [pd.Series(draw.permutation(have), have.index) for _ in range(n_shuffled)]
     found = [dict(adjust=a, small=(t.p <= .05).sum(), named=(t.fdr <= fdr).sum()) for a in ways for t in (run(w, a, 1000) for w in dealt)]
     return {{"control": "measured"}.get(a, a): run(weights, a, n_perm) for a in ways}, pd.DataFrame(found)
+
+# %% ../../nbs/interpret/33_plate_study.ipynb #dd5d8823
+def _doses(plates: Plates, one: Look, n_perm: int, seed: int) -> "pd.DataFrame | None":
+    "Trend with the dose of each treatment, where doses exist."
+    o = plates.obs.assign(pert=plates.obs.compound)
+    try: return dose_response(one.values, o, adjust="control" if one.how == "plate" else "none", n_perm=n_perm, seed=seed)
+    except InputError: return None
+
+def study(
+    plates: Plates,
+    *,
+    n_pcs: int = 10, n_thin: int = 5, n_perm: int = 10_000, n_draws: int = 200, n_boot: int = 500, seed: int = 0, fdr: float = .05,
+    positive: "Sequence[str]" = (),  # names of positive controls
+    weights: "pd.Series | None" = None,  # signature of activated minus resting cells, by gene id
+    true: "pd.Series | None" = None,  # true activation of each treatment, of simulated plates
+) -> dict:  # everything a page shows, by name
+    "All numbers of a page about plates."
+    looks, about = three_looks(plates, n_pcs=n_pcs, n_thin=n_thin, n_perm=n_perm, seed=seed, fdr=fdr)
+    boot, last = dict(n_boot=n_boot, seed=seed), list(looks.values())[-1]
+    found = dict(about=about, looks=looks, words=judged(looks, "fdr", fdr), small=judged(looks, "p"), reach=reach(last.table, fdr), positives=positives(plates, looks, positive),
+                 checks=place_checks(plates, looks["measured"].values, n_perm=min(n_perm, 999), seed=seed), agree={k: copy_agreement(v.values, plates.obs, **boot) for k, v in looks.items()},
+                 depth={k: depth_link(plates, v.values, **boot) for k, v in looks.items()}, held={k: held_out_controls(v, plates.obs, n_draws=n_draws, n_perm=min(n_perm, 2000), seed=seed) for k, v in looks.items()})
+    found["depth_table"] = metabolite_table(np.log10(plates.wells.layers["counts"].sum(1)), plates.obs, n_perm=n_perm, seed=seed, fdr=fdr)
+    if (doses := _doses(plates, last, min(n_perm, 2000), seed)) is not None: found["doses"] = doses
+    if weights is not None: found["along"], found["shuffled"] = along_signature(plates, weights, n_perm=n_perm, seed=seed, fdr=fdr)
+    if true is not None: found["truth"] = against_truth(looks, true, **boot)
+    return found
 
 # %% ../../nbs/interpret/33_plate_study.ipynb #bff17584
 class Fold(NamedTuple):
