@@ -134,7 +134,7 @@ def place_out(
 def one_depth(
     wells: ad.AnnData,  # table of wells with counts
     *,
-    share: float = .05,  # of the wells that may be shallower than the common depth; these stay as they are
+    share: float = 0.0,  # of the wells that may be shallower than the common depth; these stay as they are
     seed: int = 0,
 ) -> "tuple[ad.AnnData, int]":  # the thinned wells, not normalised, and the common depth
     "Every well thinned to one depth."
@@ -149,7 +149,7 @@ def one_depth(
 
 # %% ../../nbs/interpret/33_plate_study.ipynb #87b4a7c7
 LOOKS = {"measured": "as measured", "place": "place taken out", "depth": "place taken out, one depth"}
-SAYS = ("stands out", "gone with the place", "not seen at one depth", "seen once the place is out", "not told apart")
+SAYS = ("stands out", "gone with the place", "unsure without the place", "not seen at one depth", "seen once the place is out", "not told apart")
 
 class Look(NamedTuple):
     "One way to look at the plates."
@@ -224,7 +224,9 @@ def judged(
     hit = pd.DataFrame({k: looks[k].table[by].le(level) & looks[k].table.effect.gt(0) for k in names})
     inner = hit[[k for k in names if k != "measured"]].all(axis=1)
     place = hit["place"] if "place" in hit else pd.Series(True, hit.index)
-    says = np.select([hit.measured & inner, hit.measured & ~place, hit.measured, inner & place & ("place" in hit)], SAYS[:4], SAYS[4])
+    left = pd.DataFrame({k: looks[k].table.effect for k in names}).reindex(hit.index)
+    half = left["place"] < left.measured / 2 if "place" in hit else place
+    says = np.select([hit.measured & inner, hit.measured & ~place & half, hit.measured & ~place, hit.measured, inner & place & ("place" in hit)], SAYS[:5], SAYS[5])
     last = looks[names[-1]].table
     out = last[["compound", "n"]].assign(says=pd.Series(says, hit.index))
     for k in names: out = out.join(looks[k].table[["mean", "sd", "effect", "lo", "hi", "p", "fdr"]].add_suffix(f"_{k}"))
