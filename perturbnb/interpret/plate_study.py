@@ -494,7 +494,7 @@ def _labels(wells: ad.AnnData, resting: str, activated: str) -> np.ndarray:
     "1, 0 and NaN, by treatment as the sheet says it, or by our name."
     o = wells.obs
     names = [o[c].astype(str) for c in ("treatment", "pert") if c in o]
-    is_in = lambda v: np.any([s.eq(v).to_numpy() for s in names], 0)
+    is_in = lambda v: next((s.eq(v).to_numpy() for s in names if s.eq(v).any()), np.zeros(len(o), bool))  # the sheet's own word first
     for what, v in (("resting", resting), ("activated", activated)):
         if not is_in(v).any(): raise InputError(f"{what} condition {v!r}", "a treatment of these wells", nearest(v, pd.unique(pd.concat(names))))
     return np.select([is_in(activated), is_in(resting)], [1.0, 0.0], np.nan)
