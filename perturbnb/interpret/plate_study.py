@@ -6,8 +6,8 @@
 __all__ = ['UNITS', 'LOOKS', 'SAYS', 'read_wells', 'demo_wells', 'conditions', 'Plates', 'prepare', 'components',
            'control_distance', 'place_problem', 'place_out', 'one_depth', 'Look', 'tested', 'look', 'look_at_depth',
            'three_looks', 'judged', 'share_interval', 'against_truth', 'held_out_controls', 'copies', 'copy_agreement',
-           'place_checks', 'depth_link', 'reach', 'positives', 'signature_score', 'along_signature', 'study', 'Fold',
-           'fit_fold', 'place_wells', 'auc_interval', 'axis_by_donor']
+           'place_checks', 'depth_link', 'reach', 'positives', 'with_all_wells', 'signature_score', 'along_signature',
+           'study', 'Fold', 'fit_fold', 'place_wells', 'auc_interval', 'axis_by_donor']
 
 # %% ../../nbs/interpret/33_plate_study.ipynb #13761601
 from collections.abc import Sequence
@@ -368,13 +368,28 @@ def positives(
     told = raw.sample_type.astype(str).str.contains("positive", case=False) if "sample_type" in raw else pd.Series(False, raw.index)
     for n in [n for n in names if n not in set(raw.compound)]: raise InputError(f"positive control {n!r}", "a treatment of these plates", nearest(n, raw.compound.unique()))
     mine = raw[(raw.compound.isin(list(names)) if names else told) & ~control_wells(raw)]
-    last, out = list(looks.values())[-1].table, []
+    last_look, out = list(looks.values())[-1], []
+    last = last_look.table
     for c, o in mine.groupby("pert"):
         gone = plates.qc.loc[o.index].query("not keep")
-        row = dict(condition=c, n_read=len(o), n_kept=len(o) - len(gone), left_out="; ".join(sorted(set(gone.reason))), depth_left_out=gone.depth.tolist(), rank=np.nan, of=len(last))
+        kept, control = last_look.values[plates.obs.pert.eq(c)], last_look.values[control_wells(plates.obs)]
+        row = dict(n_like_controls=int((kept <= control.max()).sum()), condition=c, n_read=len(o), n_kept=len(o) - len(gone), left_out="; ".join(sorted(set(gone.reason))), depth_left_out=gone.depth.tolist(), rank=np.nan, of=len(last))
         if c in last.index: row |= dict(rank=last.index.get_loc(c) + 1, **{k: last.loc[c, k] for k in ("effect", "lo", "hi", "p", "p_floor", "fdr")})
         out.append(row)
-    return pd.DataFrame(out, columns=["condition", "rank", "of", "n_read", "n_kept", "left_out", "depth_left_out", "effect", "lo", "hi", "p", "p_floor", "fdr"]).sort_values("rank", kind="stable", ignore_index=True)
+    return pd.DataFrame(out, columns=["condition", "rank", "of", "n_read", "n_kept", "left_out", "depth_left_out", "n_like_controls", "effect", "lo", "hi", "p", "p_floor", "fdr"]).sort_values("rank", kind="stable", ignore_index=True)
+
+# %% ../../nbs/interpret/33_plate_study.ipynb #2178abc0
+def with_all_wells(
+    plates: Plates, names: "Sequence[str]",  # conditions that lost wells
+    *,
+    n_pcs: int = 10, n_perm: int = 10_000, seed: int = 0,
+) -> pd.DataFrame:  # rank, p, fdr of these conditions as measured: with the wells that were left out, and without them
+    "What leaving wells out did to a condition: the same look with every well that has counts."
+    unit, out = dict(plates.wells.uns["perturbnb"])["scale"], []
+    for which, p in (("left out", plates), ("kept", prepare(plates.raw, unit=unit, n_mad=np.inf))):
+        t = look(components(p.wells.X, n_pcs)[0], p.obs, n_perm=n_perm, seed=seed).table
+        out += [dict(condition=c, wells=which, n=int(t.n[c]), rank=t.index.get_loc(c) + 1, p=t.p[c], fdr=t.fdr[c]) for c in names if c in t.index]
+    return pd.DataFrame(out)
 
 # %% ../../nbs/interpret/33_plate_study.ipynb #d045b4a0
 def signature_score(
@@ -420,6 +435,7 @@ def study(
     found = dict(about=about, looks=looks, words=judged(looks, "fdr", fdr), small=judged(looks, "p"), reach=reach(last.table, fdr), positives=positives(plates, looks, positive),
                  checks=place_checks(plates, looks["measured"].values, n_perm=min(n_perm, 999), seed=seed), agree={k: copy_agreement(v.values, plates.obs, **boot) for k, v in looks.items()},
                  depth={k: depth_link(plates, v.values, **boot) for k, v in looks.items()}, held={k: held_out_controls(v, plates.obs, n_draws=n_draws, n_perm=min(n_perm, 2000), seed=seed) for k, v in looks.items()})
+    if len(lost := found["positives"].query("n_kept < n_read").condition): found["with_all"] = with_all_wells(plates, list(lost), n_pcs=n_pcs, n_perm=n_perm, seed=seed)
     found["depth_table"] = metabolite_table(np.log10(plates.wells.layers["counts"].sum(1)), plates.obs, n_perm=n_perm, seed=seed, fdr=fdr)
     if (doses := _doses(plates, last, min(n_perm, 2000), seed)) is not None: found["doses"] = doses
     if weights is not None: found["along"], found["shuffled"] = along_signature(plates, weights, n_perm=n_perm, seed=seed, fdr=fdr)

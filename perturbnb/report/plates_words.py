@@ -55,9 +55,9 @@ def _row_depth(found: dict) -> tuple:
     n, hit = len(found["depth_table"]), int((found["depth_table"].fdr <= .05).sum())
     return "Depth", f"rank correlation of depth and distance over conditions {_say(e)}, n = {e.n}; {hit} of {n} conditions differ from the controls in depth (FDR 5 %)", UNSURE if e.low != e.low or e.low < -.3 and e.high >= .3 else CARE if e.value <= -.3 and e.high < 0 else FINE
 
-def _row_plates(found: dict) -> tuple:
+def _row_plates(found: dict, plates_n: int) -> tuple:
     r = found["checks"].query("what == 'plate'").iloc[0]
-    if r.p != r.p: return "Plates", f"cannot be compared: {r.note}", UNSURE
+    if r.p != r.p: return "Plates", "there is one plate" if plates_n == 1 else f"cannot be compared: {r.note}", UNSURE
     return "Plates", f"the plate tells {r.value:.0%} of the variance within conditions (chance {r.chance:.0%}), {_p(r.p)}", CARE if r.p <= .05 and r.value > r.chance else FINE
 
 def _row_held(found: dict) -> tuple:
@@ -69,7 +69,7 @@ def trust_table(
     plates: Plates, found: dict,  # from study
 ) -> pd.DataFrame:  # check, found, verdict
     "What speaks for and against these plates."
-    rows = [_row_wells(plates), _row_place(found), _row_same_place(found), _row_copies(found), _row_depth(found), _row_plates(found), _row_held(found)]
+    rows = [_row_wells(plates), _row_place(found), _row_same_place(found), _row_copies(found), _row_depth(found), _row_plates(found, plates.obs.batch.nunique()), _row_held(found)]
     return pd.DataFrame([r for r in rows if r], columns=["check", "found", "verdict"])
 
 _MIND = {"Wells": "many wells were left out", "Row, column, edge": "the place of a well tells its distance", "Same place, other treatment": "other treatments at the same place agree as well as copies do",
@@ -131,7 +131,7 @@ def design_sentence(plates: Plates) -> str:
     c = control_wells(kept)
     kind = o.pert_type.astype(str)
     other = [f"{plot.escape(k)} ({n} wells)" for k, n in o.pert[kind.eq("control") & o.pert.ne(plates.control)].astype(str).value_counts().items()]
-    return (f"{len(o)} wells on {o.batch.nunique()} {'plate' if o.batch.nunique() == 1 else 'plates'}, {plot.count(plates.raw.n_vars)} genes: {o.pert[kind.ne('control')].nunique()} treatments, {int((o.pert == plates.control).sum())} {plot.escape(plates.control)} wells"
+    return (f"{len(o)} wells on {o.batch.nunique()} {'plate' if o.batch.nunique() == 1 else 'plates'}, {plot.count(plates.raw.n_vars)} genes: {(k := o.pert[kind.ne('control')].nunique())} {'treatment' if k == 1 else 'treatments'}, {int((o.pert == plates.control).sum())} {plot.escape(plates.control)} wells"
             + (f", {', '.join(other)}" if other else "") + f"; {kept.pert.nunique()} conditions with the control, {kept.pert[~c].nunique()} tested against it, on {plot.count(plates.wells.n_vars)} genes with enough counts.")
 
 def negative_sentence(plates: Plates, found: dict) -> str:
@@ -181,10 +181,13 @@ def positive_sentence(found: dict) -> str:
         said.append(f"{plot.escape(r.condition)}: " + (f"rank {r.rank:.0f} of {r.of}, p = {r.p:.2g}, FDR {r.fdr:.2g}, {r.n_kept} wells{lost}" if r.rank == r.rank else f"no well left{lost}"))
     top = t["rank"].min() <= max(3, .05 * t["of"].iloc[0])
     why = []
-    if (weak := t[(t.n_kept < t.n_read) & t.fdr.gt(.05)]).shape[0]: why.append(f"{_names(weak.set_index('condition'))}: with the {', '.join(map(str, weak.n_kept))} wells left, p cannot be below {weak.p_floor.max():.2g}. Wells of dead cells hold few molecules, so the check of depth removes the strongest effects first")
-    if "doses" in found and len(t) > 2 and t.sort_values("rank").condition.tolist() != t.sort_values("condition", key=lambda s: s.str.extract(r", ([\d.e+-]+) µM")[0].astype(float), ascending=False).condition.tolist(): why.append("they are not in the order of their doses")
+    for r in t[t.fdr.gt(.05) & t.n_like_controls.gt(0)].itertuples(): why.append(f"{plot.escape(r.condition)}: {r.n_like_controls} of its {r.n_kept} wells {'is' if r.n_like_controls == 1 else 'are'} no farther out than the farthest control well")
+    for c, a in found["with_all"].groupby("condition") if "with_all" in found else ():
+        a = a.set_index("wells")
+        if {"left out", "kept"} <= set(a.index): why.append(f"{plot.escape(c)}: with the wells that were left out its FDR as measured would be {a.fdr['kept']:.2g} instead of {a.fdr['left out']:.2g} ({a.n['kept']} wells instead of {a.n['left out']}); whether such a well lost its cells to the treatment or failed by itself, the counts do not tell")
+    if "doses" in found and len(t) > 2 and t.sort_values("rank").condition.tolist() != t.sort_values("condition", key=lambda s: s.str.extract(r", ([\d.e+-]+) µM")[0].astype(float), ascending=False).condition.tolist(): why.append("they do not rank in the order of their doses, for which nothing here gives a reason")
     word = "**The positive controls rank at the top**" if top and t.fdr.le(.05).all() else "**The positive controls rank at the top only in part**" if top else "**The positive controls do not rank at the top**"
-    return f"{word}: {'; '.join(said)}." + (f" Why not all: {'; '.join(why)}." if why else "")
+    return f"{word}: {'; '.join(said)}." + (f" What is known of the rest: {'; '.join(why)}." if why and not (top and t.fdr.le(.05).all()) else "")
 
 def reach_sentence(found: dict) -> str:
     "What p values the design can reach."
@@ -285,7 +288,7 @@ def axis_sentence(a: dict, resting: str, activated: str) -> str:
     n_right, n = int(round((d.accuracy * (d.n_resting + d.n_activated)).sum())), int((d.n_resting + d.n_activated).sum())
     whole = (d.auc == 1).all()
     lead = f"**{plot.escape(activated)} and {plot.escape(resting)} wells separate completely in each of {k} held-out donors**" if whole else f"**{plot.escape(activated)} and {plot.escape(resting)} wells of held-out donors: mean area under the ROC curve {a['auc']:.2f}**"
-    chance = f" Axes fitted to permuted labels reach {np.nanquantile(a['chance'], .025):.2f} to {np.nanquantile(a['chance'], .975):.2f}: {(np.abs(a['chance'] - .5) >= .4).mean():.0%} of them separate well or the wrong way round, so being far from ½ is little by itself; being right in each donor is what training adds." if len(a["chance"]) else ""
+    chance = f" Axes fitted to permuted labels reach a mean area of {np.nanquantile(a['chance'], .025):.2f} to {np.nanquantile(a['chance'], .975):.2f}: {(np.abs(a['chance'] - .5) >= .4).mean():.0%} of them lie at 0.1 or below or at 0.9 or above." if len(a["chance"]) else ""
     return (f"{lead}; {n_right} of {n} wells lie on the right side of ½, and the nearest two of a donor are {a['worst_gap']:.2f} apart (1: the whole way from resting to activated). Margin over donors and strata {a['margin']:.2f} "
             f"(no interval over donors: {k} of them; per donor below), p = {a['p']:.2g} by permuting the labels within donor and stratum (floor {a['p_floor']:.2g}).{chance}")
 
