@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'FOLDS', 'SEED', 'BASELINES', 'NO_EXPRESSION', 'OF_SCORES', 'OF_LABEL', 'RANKED', 'well_split', 'predictions',
            'one_run', 'study_tasks', 'write_study', 'with_expression', 'study_runs', 'measured', 'well_scores',
-           'repeats', 'layouts', 'final_model', 'metabolites', 'study_measured']
+           'repeats', 'layouts', 'final_model', 'metabolites', 'study_measured', 'gene_study']
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #4b97ea3f
 from collections.abc import Mapping, Sequence
@@ -76,24 +76,34 @@ def predictions(
     *,
     network: bool = True,  # False: the baselines alone
     published: bool = False,  # the wiring and training of the source beside it
+    explain: bool = False,  # importance of the genes for the logit, over the training wells
     dir: "str | Path | None" = None,  # for checkpoints
-) -> dict:  # predictions (a row for each test well and model), history, latents, model
+) -> dict:  # predictions (a row for each test well and model), history, latents, importance, model
     "Every model, fitted on the training wells and asked about the test wells."
     from perturbnb.models import tcell_baselines
     from perturbnb.models.tcell import TCell
     known, test = wells[s.mask(wells, "train") | s.mask(wells, "control")], wells[s.mask(wells, "test")]
     names = BASELINES if wells.uns["perturbnb"].get("expression", True) else NO_EXPRESSION
-    out = {"predictions": [_frame(n, test, getattr(tcell_baselines, BASELINES[n][0])(**BASELINES[n][1]).fit(known).predict(test)) for n in names]}
+    fitted = {n: getattr(tcell_baselines, BASELINES[n][0])(**BASELINES[n][1]).fit(known) for n in names}
+    out = {"predictions": [_frame(n, test, m.predict(test)) for n, m in fitted.items()], "baselines": fitted}
     if network:
         inner = _inner(known.obs, seed)
         model = TCell(seed=seed, dir=dir, **dict(settings or {})).fit(known[~inner], known[inner])
         out["predictions"].append(_frame("tcell", test, model.predict(test)))
         out |= {"model": model, "history": model.history.table, "latents": pd.DataFrame(model.latent(test)).rename(columns=str).assign(well=test.obs_names)}
+        if explain: out["importance"] = _importances(model, known, out["baselines"])
     if published:
         form = _published_form(settings)
         model = TCell(seed=seed, **form).fit(known, test)
         out["predictions"].append(_frame("as_published", test, model.predict(test)))
-    return {**out, "predictions": pd.concat(out["predictions"], ignore_index=True)}
+    return {**{k: v for k, v in out.items() if k != "baselines"}, "predictions": pd.concat(out["predictions"], ignore_index=True)}
+
+def _importances(model: "TCell", wells: ad.AnnData, fitted: Mapping) -> pd.DataFrame:  # gene, and a column for each way to rank genes
+    "How each model ranks the genes for the label, beside plain correlation."
+    from perturbnb.interpret import attribution as att
+    t = {"transformer": att.global_importance(att.attribute(model, wells, "logit", method="gradient_input", strict=False)), "correlation": att.correlation_importance(wells, "logit"),
+         "correlation within plates": att.correlation_importance(wells, "logit", within="batch"), "ridge": att.ridge_importance(fitted["ridge"], "logit")}
+    return pd.DataFrame(t).rename_axis("gene").reset_index()
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #e0348429
 def _published_form(settings: "Mapping | None") -> dict:
@@ -104,7 +114,7 @@ def _published_form(settings: "Mapping | None") -> dict:
     return {"as_published": True, "attention": "groups", **sizes, **{k: o[k] for k in ("epochs", "attention", *sizes) if k in o}}
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #a8c6aa67
-def one_run(seed: int, *, folder: str, out: str, rule: str, settings: "Mapping | None" = None, network: bool = True, published: bool = False, keep: bool = False) -> None:
+def one_run(seed: int, *, folder: str, out: str, rule: str, settings: "Mapping | None" = None, network: bool = True, published: bool = False, explain: bool = False, keep: bool = False) -> None:
     "One training of a study, written to `out`."
     import torch
     from perturbnb.interpret.forward_study import _save_run
@@ -112,7 +122,7 @@ def one_run(seed: int, *, folder: str, out: str, rule: str, settings: "Mapping |
     wells = ad.read_h5ad(Path(folder) / "wells.h5ad")
     s = well_split(wells, rule, seed)
     proof = audit(s, wells)
-    found = predictions(wells, s, seed, settings, network=network, published=published)
+    found = predictions(wells, s, seed, settings, network=network, published=published, explain=explain)
     facts = pd.DataFrame([{"hash": s.hash, "best": found["model"].history.best if network else None, **{f"n_{p}": int(s.mask(wells, p).sum()) for p in ("train", "control", "test")}}])
     tables = {k: v for k, v in found.items() if k != "model" or keep}
     _save_run({**tables, "facts": facts, "audit": pd.DataFrame({"line": proof.lines}), "split": s}, Path(out))
@@ -125,7 +135,7 @@ def study_tasks(
     published: "Sequence[str]" = ("published", "metabolite"),  # rules under which the source's form is trained as well
 ) -> dict:  # (rule, seed) -> (seed, options of one_run)
     "Every training of a study."
-    return {(r, s): (s, dict(rule=r, settings=dict(settings or {}), network=network, published=network and r in published)) for s in seeds for r in rules}
+    return {(r, s): (s, dict(rule=r, settings=dict(settings or {}), network=network, published=network and r in published, explain=network and r == rules[0])) for s in seeds for r in rules}
 
 def write_study(wells: ad.AnnData, folder: "str | Path") -> str:  # hash of the wells
     "Put the wells where every training finds them."
@@ -228,11 +238,17 @@ def measured(
     for rule, t in rows.groupby("run", sort=False):
         sets = t.seed.map(lambda s: _set_of(rule, s))
         kept = {m: [_one_set(a, obs, w, wells) for _, a in b.groupby(sets[b.index])] for m, b in t.groupby("model", sort=False)}
-        means = {m: {k: np.nanmean([d[k] for d in ds], 0) if len(ds) > 1 else ds[0][k] for k in ds[0]} for m, ds in kept.items()}
+        means = {m: {k: _mean_of([d[k] for d in ds]) for k in ds[0]} for m, ds in kept.items()}
         about = dict(rule=rule, n=t.well.nunique(), n_groups=len(set(groups[wells.isin(t.well)])), n_sets=sets.nunique())
         values += [dict(zip(("metric", "target", "stratum"), k), model=m, **about, **_ends(v)) for m, d in means.items() for k, v in d.items()]
         if model in means: differences += [dict(zip(("metric", "target", "stratum"), k), model=model, baseline=m, **about, **_ends(means[model][k] - d[k])) for m, d in means.items() if m != model and len(kept[m]) == len(kept[model]) for k in d]
     return pd.DataFrame(values), pd.DataFrame(differences)
+
+def _mean_of(parts: list) -> np.ndarray:
+    "Mean over sets of those that are defined."
+    x = np.array(parts)
+    n = np.isfinite(x).sum(0)
+    return np.where(n > 0, np.where(np.isfinite(x), x, 0).sum(0) / np.maximum(n, 1), np.nan)
 
 def _ends(v: np.ndarray) -> dict:
     "Value of the data, and the middle 95 % of the draws; NaN with a note where it is not defined."
@@ -317,4 +333,33 @@ def study_measured(
         scores = scores.join(out["scores"].drop(columns="Latent_Cosine").rename(columns=RANKED))
     out["metabolites"] = metabolites(scores.rename(columns={RANKED["distance"]: "distance"}), wells.obs, n_perm=n_perm, seed=seed).replace({"quantity": {"distance": RANKED["distance"]}})
     out["repeats"] = repeats(scores.join(known[[c for c in SCORES if c != "Tscore_z"]].add_prefix("measured ")), wells.obs, n_boot=n_boot, seed=seed) if layouts(wells.obs) > 1 else pd.DataFrame()
+    return out
+
+# %% ../../nbs/interpret/32_tcell_study.ipynb #a680f6a0
+def gene_study(
+    place: Mapping,  # from `study_runs`
+    final: "TCell",  # the final model
+    wells: ad.AnnData,
+    *,
+    drivers: "pd.Series | None" = None,  # True for each true driver, where they are known
+    sets: "Mapping | None" = None,  # gene sets, for enrichment
+    n_boot: int = 2000, seed: int = 0,
+) -> dict:  # importance (final model), stability, recovery, leads, sets, gap, note
+    "Which genes the networks look at, and how sure that is."
+    from perturbnb.interpret import attribution as att
+    from perturbnb.interpret.forward_study import gathered
+    g = att.attribute(final, wells, "logit", method="gradient_input", strict=False)
+    ig = att.attribute(final, wells, "logit", baseline="dmso", strict=False)
+    out = {"importance": att.importance(g, n_boot=min(n_boot, 500), seed=seed), "gap": float(np.abs(ig.relative_gap).max()), "note": g.note}
+    runs = gathered(place, "importance")
+    if not len(runs): return out
+    wide = {c: runs.pivot(index="gene", columns="seed", values=c) for c in ("transformer", "correlation", "correlation within plates", "ridge")}
+    ranked = pd.DataFrame({c: att.average_seeds(t.fillna(0)) for c, t in wide.items()}).reindex(final.genes)
+    if wide["transformer"].shape[1] > 1: out["stability"] = att.stability(wide["transformer"])
+    out["ranked"] = ranked.rename_axis("gene").reset_index()
+    if drivers is not None:
+        known = drivers.reindex(ranked.index).fillna(False).astype(bool)
+        out["recovery"] = att.recovery(ranked, known, n_boot=n_boot, seed=seed).reset_index()
+        out["leads"] = att.recovery_differences(ranked, known, ["correlation", "correlation within plates", "ridge"], n_boot=n_boot, seed=seed)
+    if sets: out["sets"] = att.enrichment(ranked["transformer"], sets)
     return out
