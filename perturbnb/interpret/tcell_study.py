@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import InputError, nearest, rng
 from ..data.audit import audit
-from ..data.drugseq import SCORES, check_wells
+from ..data.drugseq import SCORES, check_wells, reversed_plates
 from ..data.split import Split, make_split, split
 from ..models.tcell import OUTPUTS
 
@@ -282,10 +282,11 @@ def repeats(
     values: pd.DataFrame,  # a column for each quantity; index: wells
     obs: pd.DataFrame,
     *, n_boot: int = 500, seed: int = 0,
+    plates: "Sequence[str] | None" = None,  # layouts to use; all if not given
 ) -> pd.DataFrame:  # quantity; same metabolite, other metabolites at the same place, their difference: value, low, high, n
     "Do the two wells of a metabolite agree more than two metabolites that stood at the same place?"
     from perturbnb.interpret.activation import place_agreement
-    parts = [place_agreement(values[c], obs.loc[values.index], n_boot=n_boot, seed=seed).rename_axis("kind").reset_index().assign(quantity=c) for c in values]
+    parts = [place_agreement(values[c], obs.loc[values.index], plates=plates, n_boot=n_boot, seed=seed).rename_axis("kind").reset_index().assign(quantity=c) for c in values]
     return pd.concat(parts, ignore_index=True)
 
 def layouts(obs: pd.DataFrame) -> int:  # 2 or more are needed to tell the metabolite from its place
@@ -317,6 +318,13 @@ def metabolites(
         parts.append((t if "pert" in t else t.rename_axis("pert").reset_index()).assign(quantity=c))
     return pd.concat(parts, ignore_index=True)
 
+def _straight(wells: ad.AnnData, seed: int) -> "tuple[list, list]":
+    "Layouts whose two replicates look exchanged, and the others; with fewer than three layouts nobody can tell."
+    names = sorted(wells.obs.plate.astype(str).unique()) if "plate" in wells.obs else []
+    if len(names) < 3: return [], names
+    bad = reversed_plates(wells, seed=seed).query("reversed").plate.astype(str).tolist()
+    return bad, [n for n in names if n not in bad]
+
 def study_measured(
     place: Mapping,  # from `study_runs`
     wells: ad.AnnData,
@@ -332,7 +340,8 @@ def study_measured(
         out["scores"] = well_scores(rows, gathered(place, "latents"), wells.obs)
         scores = scores.join(out["scores"].drop(columns="Latent_Cosine").rename(columns=RANKED))
     out["metabolites"] = metabolites(scores.rename(columns={RANKED["distance"]: "distance"}), wells.obs, n_perm=n_perm, seed=seed).replace({"quantity": {"distance": RANKED["distance"]}})
-    out["repeats"] = repeats(scores.join(known[[c for c in SCORES if c != "Tscore_z"]].add_prefix("measured ")), wells.obs, n_boot=n_boot, seed=seed) if layouts(wells.obs) > 1 else pd.DataFrame()
+    out["left_out_layouts"], kept = _straight(wells, seed)
+    out["repeats"] = repeats(scores.join(known[[c for c in SCORES if c != "Tscore_z"]].add_prefix("measured ")), wells.obs, n_boot=n_boot, seed=seed, plates=kept) if len(kept) > 1 else pd.DataFrame()
     return out
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #a680f6a0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'RULE_WORDS', 'DECIDES', 'RANKING', 'TITLES', 'verdict', 'deciding', 'rules_of', 'has_network', 'demo_mark',
            'model_sentence', 'place_sentence', 'metabolite_sentence', 'inflation_sentence', 'headline', 'answer_table',
-           'lead_table', 'metric_rows', 'ranked_table', 'repeat_table', 'fact_rows', 'reversed_sentence',
+           'lead_table', 'metric_rows', 'ranked_table', 'repeat_table', 'flat_facts', 'fact_rows', 'reversed_sentence',
            'forest_figure', 'ranking_figure', 'latent_figure', 'curves_figure', 'importance_figure', 'gene_sentence',
            'set_rows', 'record_genes', 'split_note', 'limits', 'record']
 
@@ -72,8 +72,10 @@ def place_sentence(found: dict) -> str:
     if len(found["repeats"]):
         t = _at(found["repeats"], quantity="measured Tscore").set_index("kind")
         same = verdict(t.low["difference"], t.high["difference"])
-        more = (f" The two wells of one metabolite agree in the measured Tscore with rho {_said(t.loc['copies'])}; two *other* metabolites at the same place with {_said(t.loc['same place'])}: "
-                + {"better": "a metabolite is more than its place.", "level": "beyond the place, nothing of the metabolite can be told.", "worse": "less than their place.", "cannot be told": "this cannot be compared."}[same])
+        left = found.get("left_out_layouts") or []
+        without = f" (without layout {', '.join(left)}, whose two replicates look exchanged)" if left else ""
+        more = (f" The two wells of one metabolite agree in the measured Tscore with rho {_said(t.loc['copies'])}; two *other* metabolites at the same place with {_said(t.loc['same place'])}{without}: "
+                + {"better": "a metabolite is more than its place.", "level": "beyond the place, nothing of the metabolite can be told.", "worse": "less than the place alone.", "cannot be told": "this cannot be compared."}[same])
     return f"**The place of a well alone** (plate, row, column; no expression) predicts the scores with correlation {_said(r)} on {RULE_WORDS[rule]}.{more}"
 
 RANKING = "measured Tscore"  # the quantity by which metabolites are ranked: the prediction of it can only lose what it knows of them
@@ -127,8 +129,9 @@ def lead_table(found: dict) -> pd.DataFrame:
 TITLES = {"pearson": "Pearson r", "r2": "R²", "roc_auc": "ROC-AUC", "average_precision": "average precision", "balanced_accuracy": "balanced accuracy"}
 
 def metric_rows(found: dict, rule: str) -> pd.DataFrame:
-    "Every metric of every model under one rule."
+    "The metrics of every model under one rule: every score under the first, their mean and the label under the others."
     t = _at(found["values"], rule=rule)
+    if rule != rules_of(found)[0]: t = t[t.target.isin(["three scores", "label"])]
     keys = t[["metric", "target", "stratum"]].drop_duplicates()
     models = [m for m in NAMES if m in set(t.model)]
     pick = t.set_index(["metric", "target", "stratum", "model"])
@@ -158,10 +161,27 @@ def repeat_table(found: dict) -> pd.DataFrame:
                           "difference": f"{plot.interval(d.value['difference'], d.low['difference'], d.high['difference'], '+.2f')}"} for q, d in wide.items()])
 
 # %% ../../nbs/report/16_tcell_words.ipynb #acc0ac3e
+def flat_facts(facts: dict) -> dict:
+    "The counted facts as plain names and values, for the record."
+    named = {k: v for k, v in facts.items() if isinstance(v, (int, float, str, np.integer, np.floating))}
+    for group in ("labels", "control_labels", "clusters", "active_per_plate", "control_per_plate", "score_corr", "label_corr", "replicate_corr", "replicate_corr_centred", "replicate_label"):
+        named |= {f"{group}_{k}": v for k, v in facts.get(group, {}).items()}
+    if rule := facts.get("label_rule"): named |= {f"clusters_{k}": ", ".join(v) or "none" for k, v in rule.items()}
+    return named
+
+def _span(values) -> str: return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
+
 def fact_rows(facts: dict) -> pd.DataFrame:
     "Counted facts of the targets, for people."
-    flat = [(k.replace("_", " "), v) for k, v in facts.items() if isinstance(v, (int, float, str, np.integer, np.floating))]
-    return pd.DataFrame([(k, f"{v:.3g}" if isinstance(v, (float, np.floating)) else str(v)) for k, v in flat], columns=["fact", "value"])
+    f, short = facts, lambda d: ", ".join(f"{k.replace('_z', '').replace('~', ' and ')} {v:.2f}" for k, v in d.items())
+    rows = [("wells, metabolites, DMSO wells", f"{f['n_wells']:,}, {f['n_perts']:,}, {f['n_control']:,} ({_span(f['control_per_plate'].values())} on a plate)"),
+            ("label", f"{f['labels'].get(1, 0):,} active, {f['labels'].get(0, 0):,} resting; of the DMSO wells {f['control_labels'].get(1, 0):,} active"),
+            ("active wells on a plate", _span(f["active_per_plate"].values())), ("scores with each other", short(f["score_corr"])), ("scores with the label", short(f["label_corr"]))]
+    if (r := f.get("label_rule")) and not r["mixed"]: rows.append(("label and cluster", f"the label is a function of the cluster: active in {', '.join(r['active'])}"))
+    if r := f.get("replicate_label"): rows.append(("label of the two replicates", f"equal for {r['n_agree']:,} of {r['n']:,} ({r['agree']:.0%}; {r['chance']:.0%} by chance, kappa {r['kappa']:.2f})"))
+    if f.get("replicate_corr"): rows.append(("scores of the two replicates", f"{short(f['replicate_corr'])}; plate means taken out: {short(f['replicate_corr_centred'])}"))
+    if np.isfinite(f.get("old_minus_sum", np.nan)): rows.append(("old activation score", f"the sum of the three scores to within {f['old_minus_sum']:.0e}" if f["old_minus_sum"] < 1e-6 else f"differs from the sum of the three scores by up to {f['old_minus_sum']:.2g}"))
+    return pd.DataFrame(rows, columns=["of the targets", "counted"])
 
 def reversed_sentence(t: pd.DataFrame) -> str:
     "Plates whose two copies look exchanged."
@@ -288,7 +308,7 @@ def limits(found: dict, demo: bool) -> str:  # Markdown
 
 def record(result: "Result", found: dict, facts: dict, demo: bool, truth: "pd.Series | None" = None) -> None:
     "Enter facts, splits, metrics, comparisons and verdicts."
-    for k, v in {**{k: v for k, v in facts.items() if isinstance(v, (int, float, str, bool, np.integer, np.floating))}, "demo_data": demo}.items(): result.fact(k, v)
+    for k, v in {**flat_facts(facts), "demo_data": demo}.items(): result.fact(k, v)
     for (r, s), t in found["facts"].groupby(["run", "seed"], sort=False):
         f = t.iloc[0]
         result.split(f"{r}, seed {s}", {"train": int(f.n_train), "control": int(f.n_control), "test": int(f.n_test)}, _at(found["audit"], run=r, seed=s).line.tolist(), f.hash)
