@@ -98,6 +98,7 @@ def predictions(
         out["predictions"].append(_frame("as_published", test, model.predict(test)))
     return {**{k: v for k, v in out.items() if k != "baselines"}, "predictions": pd.concat(out["predictions"], ignore_index=True)}
 
+# %% ../../nbs/interpret/32_tcell_study.ipynb #daf13e7e
 def _importances(model: "TCell", wells: ad.AnnData, fitted: Mapping) -> pd.DataFrame:  # gene, and a column for each way to rank genes
     "How each model ranks the genes for the label, beside plain correlation."
     from perturbnb.interpret import attribution as att

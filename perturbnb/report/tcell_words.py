@@ -63,6 +63,7 @@ def model_sentence(found: dict) -> str:
     return (f"**The transformer {words}.** On {RULE_WORDS[rule]} its predictions correlate {_said(own)} with the measured scores (mean of three, {own.n} wells of {own.n_groups} metabolites); the difference to {NAMES[worst.baseline]}, "
             f"the closest, is {plot.interval(worst.value, worst.low, worst.high, '+.3f')}.")
 
+# %% ../../nbs/report/16_tcell_words.ipynb #dc712b71
 def place_sentence(found: dict) -> str:
     "What the place alone tells."
     rule = rules_of(found)[0]
@@ -82,6 +83,7 @@ RANKING = "measured Tscore"  # the quantity by which metabolites are ranked: the
 
 def _named(t: pd.DataFrame) -> np.ndarray: return t.direction.isin(["activating", "inhibiting"]).to_numpy()
 
+# %% ../../nbs/report/16_tcell_words.ipynb #cde02137
 def metabolite_sentence(found: dict, fdr: float = .05, truth: "pd.Series | None" = None) -> str:
     "How many metabolites differ from DMSO, and how many of them truly do where that is known."
     t = _at(found["metabolites"], quantity=RANKING)
@@ -93,6 +95,7 @@ def metabolite_sentence(found: dict, fdr: float = .05, truth: "pd.Series | None"
     return (f"**{len(hits)} of {len(t)} metabolites** differ from DMSO in the {RANKING} at a false discovery rate of {fdr:.0%} ({up} activating, {len(hits) - up} inhibiting{f'; first {names}' if names else ''}{right}), once the place of a well is taken out. "
             + (f"By what the networks say of wells they have not seen: {', '.join(other)}. " if other else "") + f"With {int(t.n.median())} wells each, the smallest p that the test can give is {t.p_floor.min():.4f}.")
 
+# %% ../../nbs/report/16_tcell_words.ipynb #d50234fd
 def inflation_sentence(found: dict) -> str:
     "What the published split adds."
     if "published" not in rules_of(found) or not has_network(found): return ""
@@ -128,6 +131,7 @@ def lead_table(found: dict) -> pd.DataFrame:
 
 TITLES = {"pearson": "Pearson r", "r2": "R²", "roc_auc": "ROC-AUC", "average_precision": "average precision", "balanced_accuracy": "balanced accuracy"}
 
+# %% ../../nbs/report/16_tcell_words.ipynb #fa6ee652
 def metric_rows(found: dict, rule: str) -> pd.DataFrame:
     "The metrics of every model under one rule: every score under the first, their mean and the label under the others."
     t = _at(found["values"], rule=rule)
@@ -153,6 +157,7 @@ def ranked_table(found: dict, n: int = 12) -> pd.DataFrame:
     t = _farthest(found, n)
     return pd.DataFrame({"metabolite": t.pert, "effect (95 % interval)": [plot.interval(*v, "+.2f") for v in t[["effect", "lo", "hi"]].to_numpy()], "wells": t.n, "p": t.p, "FDR": t.fdr, "direction": t.direction})
 
+# %% ../../nbs/report/16_tcell_words.ipynb #b66dc3ad
 def repeat_table(found: dict) -> pd.DataFrame:
     "Copies of a metabolite against other metabolites at the same place."
     t = found["repeats"]
@@ -171,6 +176,7 @@ def flat_facts(facts: dict) -> dict:
 
 def _span(values) -> str: return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
 
+# %% ../../nbs/report/16_tcell_words.ipynb #42f2305e
 def fact_rows(facts: dict) -> pd.DataFrame:
     "Counted facts of the targets, for people."
     f, short = facts, lambda d: ", ".join(f"{k.replace('_z', '').replace('~', ' and ')} {v:.2f}" for k, v in d.items())
@@ -206,6 +212,7 @@ def forest_figure(found: dict):
         ax.set_yticks(range(len(models)), [NAMES[m] for m in models], fontsize=plot.SMALL); ax.set_title(RULE_WORDS[r], fontsize=plot.SMALL, loc="left"); ax.set_ylim(len(models) - .5, -.5); ax.set_xlabel("Pearson r", fontsize=plot.SMALL)
     return fig
 
+# %% ../../nbs/report/16_tcell_words.ipynb #99e2ae17
 def ranking_figure(found: dict, n: int = 12):
     "Effects with intervals of the farthest metabolites."
     t = _farthest(found, n)
@@ -217,6 +224,7 @@ def ranking_figure(found: dict, n: int = 12):
     ax.set_xlabel(f"{RANKING}: metabolite minus DMSO, place taken out", fontsize=plot.SMALL)
     return fig
 
+# %% ../../nbs/report/16_tcell_words.ipynb #2af1efd1
 def latent_figure(z: np.ndarray, obs: pd.DataFrame, seed: int = 0):
     "First two principal components of the latent space, by label, plate and score."
     from sklearn.decomposition import PCA
@@ -245,6 +253,7 @@ def curves_figure(history: pd.DataFrame):
     axes[0, 0].set_ylabel("loss", fontsize=plot.SMALL); axes[0, -1].legend(frameon=False, fontsize=plot.SMALL - 1)
     return fig
 
+# %% ../../nbs/report/16_tcell_words.ipynb #103b7ddc
 def importance_figure(t: pd.DataFrame, n: int = 20, drivers: "set | None" = None):
     "The genes that matter most to the network."
     t = t.head(n)
@@ -296,6 +305,7 @@ def split_note(found: dict) -> str:  # Markdown
         parts.append(f"**{RULE_WORDS[r]}** (first of {found['facts'][found['facts'].run == r].seed.nunique()}: {f.n_train} training, {f.n_control} shared DMSO, {f.n_test} test wells)\n\n" + "\n".join(f"- {plot.escape(l)}" for l in lines))
     return "\n\n".join(parts)
 
+# %% ../../nbs/report/16_tcell_words.ipynb #7b5d37a9
 def limits(found: dict, demo: bool) -> str:  # Markdown
     "What the numbers do not show."
     return "\n".join(filter(None, [
@@ -306,6 +316,7 @@ def limits(found: dict, demo: bool) -> str:  # Markdown
         "- Importance says what the network looks at, not what causes activation." if has_network(found) else "",
         "- Simulated data: known drivers and known activation, made by our own assumptions." if demo else ""]))
 
+# %% ../../nbs/report/16_tcell_words.ipynb #484ed8a5
 def record(result: "Result", found: dict, facts: dict, demo: bool, truth: "pd.Series | None" = None) -> None:
     "Enter facts, splits, metrics, comparisons and verdicts."
     for k, v in {**flat_facts(facts), "demo_data": demo}.items(): result.fact(k, v)
