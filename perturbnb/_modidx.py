@@ -1737,6 +1737,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'perturbnb/interpret/tcell_study.py'),
                                                  'perturbnb.interpret.tcell_study._pearson': ( 'interpret/tcell_study.html#_pearson',
                                                                                                'perturbnb/interpret/tcell_study.py'),
+                                                 'perturbnb.interpret.tcell_study._projection': ( 'interpret/tcell_study.html#_projection',
+                                                                                                  'perturbnb/interpret/tcell_study.py'),
                                                  'perturbnb.interpret.tcell_study._published_form': ( 'interpret/tcell_study.html#_published_form',
                                                                                                       'perturbnb/interpret/tcell_study.py'),
                                                  'perturbnb.interpret.tcell_study._published_split': ( 'interpret/tcell_study.html#_published_split',

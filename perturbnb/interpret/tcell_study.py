@@ -90,7 +90,7 @@ def predictions(
         inner = _inner(known.obs, seed)
         model = TCell(seed=seed, dir=dir, **dict(settings or {})).fit(known[~inner], known[inner])
         out["predictions"].append(_frame("tcell", test, model.predict(test)))
-        out |= {"model": model, "history": model.history.table, "latents": pd.DataFrame(model.latent(test)).rename(columns=str).assign(well=test.obs_names)}
+        out |= {"model": model, "history": model.history.table, "latents": pd.DataFrame(model.latent(test)).rename(columns=str).assign(well=test.obs_names, projection=_projection(model, known, test))}
         if explain: out["importance"] = _importances(model, known, out["baselines"])
     if published:
         form = _published_form(settings)
@@ -99,6 +99,12 @@ def predictions(
     return {**{k: v for k, v in out.items() if k != "baselines"}, "predictions": pd.concat(out["predictions"], ignore_index=True)}
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #daf13e7e
+def _projection(model: "TCell", known: ad.AnnData, test: ad.AnnData) -> np.ndarray:
+    "Place of the test wells between the resting and the activated training wells, in the latent space."
+    from perturbnb.interpret.activation import axis, project
+    beside = known.obs.groupby(known.obs.batch.astype(str)).label.nunique().max() > 1  # plates with both
+    return project(model.latent(test), axis(model.latent(known), known.obs, within="batch" if beside else None))
+
 def _importances(model: "TCell", wells: ad.AnnData, fitted: Mapping) -> pd.DataFrame:  # gene, and a column for each way to rank genes
     "How each model ranks the genes for the label, beside plain correlation."
     from perturbnb.interpret import attribution as att
@@ -128,6 +134,7 @@ def one_run(seed: int, *, folder: str, out: str, rule: str, settings: "Mapping |
     tables = {k: v for k, v in found.items() if k != "model" or keep}
     _save_run({**tables, "facts": facts, "audit": pd.DataFrame({"line": proof.lines}), "split": s}, Path(out))
 
+# %% ../../nbs/interpret/32_tcell_study.ipynb #444c6ac1
 def study_tasks(
     rules: "Sequence[str]", seeds: "Sequence[int]",
     *,
@@ -179,6 +186,7 @@ def _r2(y, p, w):
     total = (w @ (y * y)) - (w @ y) ** 2 / s
     with np.errstate(invalid="ignore", divide="ignore"): return np.where(total > 1e-12, 1 - (w @ ((y - p) ** 2)) / total, np.nan)
 
+# %% ../../nbs/interpret/32_tcell_study.ipynb #f28d046e
 def _auc(y, p, w):
     "Weighted chance that an active well is ranked before an inactive one; ties count half."
     on = y > .5
@@ -258,7 +266,7 @@ def _ends(v: np.ndarray) -> dict:
     return {"value": float(v[0]), "low": min(low, v[0]), "high": max(high, v[0]), "note": "" if ok else "not defined: a constant prediction or truth, or one class"}
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #eb3d7d32
-RANKED = {"Tscore_z": "predicted Tscore", "activation": "predicted activation", "distance": "latent distance to DMSO"}
+RANKED = {"Tscore_z": "predicted Tscore", "activation": "predicted activation", "projection": "place on the resting-activated axis", "distance": "latent distance to DMSO"}
 
 def well_scores(
     rows: pd.DataFrame,  # predictions of the replicate runs
@@ -273,12 +281,14 @@ def well_scores(
     if out.isna().any(axis=None): raise InputError(f"{int(out.isna().any(axis=1).sum())} wells without a prediction", "every replicate held out once", "run as many seeds as there are replicates")
     far = []
     for _, z in latents[latents.run == "replicate"].groupby("seed"):
-        z = z.set_index("well").drop(columns=["run", "seed"]).astype(float)
+        z = z.set_index("well").drop(columns=["run", "seed", "projection"]).astype(float)
         d = distances(z.to_numpy(), obs.loc[z.index], "plate")
         far.append(d.set_axis(z.index)[["Latent_Euclid", "Latent_Cosine"]])
     far = pd.concat(far).groupby(level=0).mean().reindex(obs.index)
-    return out.assign(distance=far.Latent_Euclid, Latent_Cosine=far.Latent_Cosine)
+    along = latents[latents.run == "replicate"].groupby("well").projection.mean().reindex(obs.index)
+    return out.assign(projection=along, distance=far.Latent_Euclid, Latent_Cosine=far.Latent_Cosine)
 
+# %% ../../nbs/interpret/32_tcell_study.ipynb #a5a2d128
 def repeats(
     values: pd.DataFrame,  # a column for each quantity; index: wells
     obs: pd.DataFrame,
