@@ -42,7 +42,7 @@ def pan():
 
 def test_the_place_makes_inert_metabolites_look_odd(demo):
     t = demo[1]["truth"].query("id == 'inert_below_p05@1'").set_index("look")
-    assert t.low["measured"] > .1 and t.low["place"] < .05 < t.high["place"] and t.n.eq(254).all()
+    assert t.low["measured"] > .1 and t.high["place"] < .06 and t.n.eq(254).all()  # the test that takes the place out is on the careful side
     assert demo[1]["agree"]["measured"].low["difference"] < 0  # other treatments at the same place agree as well as copies
 
 
@@ -124,7 +124,7 @@ def test_real_macseq_plate_goes_from_h5ad_to_a_ranked_list(mac):
 def test_staurosporine_ranks_at_the_top_in_part_and_the_page_says_why(mac):
     plates, found = mac
     p = found["positives"].set_index("condition")
-    assert p["rank"]["Staurosporine, 10 µM"] == 2 and p["rank"]["Staurosporine, 0.1 µM"] <= 8 and p["rank"].max() > 8
+    assert p["rank"]["Staurosporine, 10 µM"] <= 3 and p["rank"]["Staurosporine, 0.1 µM"] <= 8 and p["rank"].max() > 8
     assert p.n_kept["Staurosporine, 10 µM"] == 2 and p.depth_left_out["Staurosporine, 10 µM"] == [65] and p.fdr["Staurosporine, 10 µM"] > .05
     said = words.positive_sentence(found)
     assert "only in part" in said and "65 counts" in said and "do not rank in the order of their doses" in said

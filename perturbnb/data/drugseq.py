@@ -152,6 +152,7 @@ def _read_csv(path: Path, text: bool) -> pd.DataFrame:
     "One file; R's nameless counting column left out."
     path = verified(path)
     names = _header(path)
+    if len(names) == 1 and (sep := next((s for s in ";\t" if s in names[0]), None)): _no(f"{path.name} has one column, {names[0][:40]!r}", "commas between columns", f"the separator is {sep!r}: save the table with commas")
     if not names: _no(f"{path.name} is empty", "a header and one line for each well", "write the file again")
     twice = pd.Index(names)[pd.Index(names).duplicated()]
     for n in twice[:1]: _no(f"{path.name}: column {n!r} stands twice", "each column once", "drop or rename one of the two")
@@ -240,6 +241,7 @@ def _expression(path: Path, constant: str) -> "tuple[pd.DataFrame, list]":
     try: v = t.to_numpy(float)
     except ValueError: v = _numbers(t, path.name).to_numpy(float)
     if not np.isfinite(v).all() or (t.dtypes == bool).any(): _numbers(t, path.name)
+    if t.shape[1] > 1 and len(t) > 2 and (np.diff(v[:, 0]) == 1).all(): _no(f"{path.name}: the first column {t.columns[0]!r} counts the wells ({v[0, 0]:g}, {v[1, 0]:g}, …)", "genes alone", "drop the column: it is no gene")
     flat = [str(g) for g, same in zip(t.columns, v.max(0) == v.min(0)) if same] if len(t) > 1 else []
     if flat and constant == "raise":
         _no(f"{path.name}: {len(flat)} of {t.shape[1]} genes have one value in all {len(t)} wells ({', '.join(flat[:5])}{', …' if len(flat) > 5 else ''})", "genes that vary",

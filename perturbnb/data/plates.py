@@ -9,7 +9,7 @@ __all__ = ['MICROMOLAR', 'HOURS', 'ALIASES', 'PAN_T', 'FORMATS', 'measure', 'con
            'to_signatures']
 
 # %% ../../nbs/data/03a_plates.ipynb #0bf92c84
-import hashlib, re, unicodedata
+import hashlib, re, unicodedata, warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,7 +84,9 @@ def find_columns(
         if ours not in ALIASES: raise InputError(f"columns names {ours!r}", f"one of {', '.join(ALIASES)}", nearest(ours, ALIASES))
         if theirs is not None and theirs not in table: raise InputError(f"no column {theirs!r} among {', '.join(map(str, table.columns[:12]))}", "a column of the sheet", nearest(theirs, table.columns))
     have = {_key(c): c for c in reversed(list(table.columns))}
-    found = {ours: next((have[_key(a)] for a in names if _key(a) in have), None) for ours, names in ALIASES.items()} | columns
+    found = {ours: next((have[_key(a)] for a in names if _key(a) in have), None) for ours, names in ALIASES.items()}
+    if {"batch", "plate"} <= set(have): found |= {"batch": have["batch"], "plate": have["plate"]}  # our own names: the plate, and its layout
+    found |= columns
     return {k: v for k, v in found.items() if v is not None}
 
 # %% ../../nbs/data/03a_plates.ipynb #a0965524
@@ -95,9 +97,16 @@ def _table(path: "str | Path | pd.DataFrame") -> pd.DataFrame:
     name = path.name.lower().removesuffix(".gz")
     try:
         if name.endswith(".parquet"): return pd.read_parquet(path)
-        if name.endswith((".csv", ".tsv", ".txt")): return pd.read_csv(path, sep="," if name.endswith(".csv") else "\t", low_memory=False)
+        if name.endswith((".csv", ".tsv", ".txt")): return _parted(pd.read_csv(path, sep="," if name.endswith(".csv") else "\t", low_memory=False), path.name)
+    except InputError: raise
     except (ValueError, OSError, pd.errors.ParserError) as e: raise InputError(f"{path.name} cannot be read ({str(e)[:80]})", "a table", "write the file again") from e
     raise InputError(f"{path.name}", "a .h5ad, .csv, .tsv, .txt or .parquet file", "convert it first")
+
+def _parted(t: pd.DataFrame, name: str) -> pd.DataFrame:
+    "The table, unless all of it stands in one column."
+    if t.shape[1] == 1 and (sep := next((s for s in ";\t," if s in str(t.columns[0])), None)):
+        raise InputError(f"{name} has one column, {str(t.columns[0])[:40]!r}", "commas in a .csv, tabs in a .tsv or .txt", f"the separator is {sep!r}: save the table with the other one")
+    return t
 
 def _match(names: Sequence, sheet: pd.DataFrame) -> "tuple[str | None, int]":
     "The column of the sheet that holds most of these names, and how many."
@@ -166,12 +175,20 @@ def _beside(obs: pd.DataFrame, sheet: "pd.DataFrame | None", name: str) -> pd.Da
     obs = obs.set_axis(obs.index.astype(str), axis=0)
     if sheet is None: return obs
     key, n = _match(obs.index, sheet)
-    if n < len(obs): raise InputError(f"{name}: {len(obs) - n} of {len(obs)} wells are not in the sheet", "a row of the sheet for each well", "is it the sheet of this plate?")
+    if n < len(obs):
+        for c in sheet:
+            twice = sheet[c].astype(str)[sheet[c].astype(str).isin(set(obs.index)) & sheet[c].duplicated()]
+            if len(twice): raise InputError(f"{name}: well {twice.iloc[0]!r} stands in the sheet more than once ({twice.nunique()} such wells)", "each well once", "drop the doubled rows of the sheet")
+        raise InputError(f"{name}: {len(obs) - n} of {len(obs)} wells are not in the sheet", "a row of the sheet for each well", "is it the sheet of this plate?")
     at = sheet.assign(**{key: sheet[key].astype(str)}).set_index(key).reindex(obs.index)
     for c in ("well", "batch"):
         a, b = (find_columns(t).get(c) for t in (obs, at))
         odd = (obs[a].astype(str) != at[b].astype(str)) if a and b else pd.Series(False, obs.index)
         if odd.any(): raise InputError(f"{name}: {obs.index[odd][0]!r} is {c} {obs[a][odd].iloc[0]!r} in the counts and {at[b][odd].iloc[0]!r} in the sheet", "one position", "is it the sheet of this plate?")
+    a, b = (find_columns(t).get("pert") for t in (obs, at))
+    if a and b and (other := obs[a].astype(str).ne(at[b].astype(str)).to_numpy()).any():
+        one, two = obs[a][other].iloc[0], at[b][other].iloc[0]
+        warnings.warn(f"{name} and its sheet name the treatment of {other.sum()} wells differently (such as {one!r} and {two!r}): those of {name} are used; to use the sheet's, drop the column {a!r} from {name}")
     have = {_key(c) for c in obs}
     return obs.join(at[[c for c in at if _key(c) not in have]])
 

@@ -171,17 +171,24 @@ def project(
 # %% ../../nbs/interpret/30_activation.ipynb #8e240f02
 ADJUST_BY = ("control", "plate", "place", "none")
 
-def _polished(v: np.ndarray, row, column, rounds: int = 10) -> np.ndarray:
-    "Residuals of a plate after row and column medians are taken out."
+def _polished(v: np.ndarray, row, column, use: "np.ndarray | None" = None, rounds: int = 10) -> np.ndarray:
+    "Residuals of a plate after row and column medians are taken out; the medians are those of the wells in `use`, where a row or column has any."
     r, c = pd.factorize(pd.Series(row))[0], pd.factorize(pd.Series(column))[0]
     grid = np.full((r.max() + 1, c.max() + 1), np.nan)
     if len(set(zip(r, c))) < len(v):
         raise InputError("two wells at one place of a plate", "one well for each row and column", "name physical plates in `batch`")
     grid[r, c] = v
+    told = np.zeros(grid.shape, bool)
+    told[r, c] = True if use is None else use
+    told |= ~told.any(0, keepdims=True) | ~told.any(1, keepdims=True)  # rows and columns without such a well
     for _ in range(rounds):
-        grid -= np.nanmedian(grid, 1, keepdims=True)
-        grid -= np.nanmedian(grid, 0, keepdims=True)
+        for by in (1, 0): grid -= _medians(np.where(told, grid, np.nan), by)
     return grid[r, c]
+
+def _medians(grid: np.ndarray, by: int) -> np.ndarray:
+    "Median of each row (by=1) or column (0); 0 where nothing is known."
+    known = np.isfinite(grid).any(by, keepdims=True)
+    return np.where(known, np.nanmedian(np.where(known, grid, 0), by, keepdims=True), 0)
 
 # %% ../../nbs/interpret/30_activation.ipynb #947f7c51
 def comparable(
@@ -199,7 +206,8 @@ def comparable(
     plates = obs.groupby("batch", observed=True, sort=False).indices
     if adjust == "place":
         x = v.to_numpy().copy()
-        for i in plates.values(): x[i] = _polished(x[i], obs["row"].iloc[i], obs["column"].iloc[i])
+        treated = ~_named_wells(obs, reference)
+        for i in plates.values(): x[i] = _polished(x[i], obs["row"].iloc[i], obs["column"].iloc[i], treated[i] if treated[i].any() else None)
         return pd.Series(x, v.index)
     found = control_wells(obs, reference)
     for p in [p for p, i in plates.items() if found[i].sum() < 2][:1]:

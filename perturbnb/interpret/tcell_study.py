@@ -74,6 +74,7 @@ def predictions(
     seed: int,  # of the network
     settings: "Mapping | None" = None,  # of models.tcell.TCell
     *,
+    rule: str = "",  # place: DMSO wells at the places of test wells are left out of training
     network: bool = True,  # False: the baselines alone
     published: bool = False,  # the wiring and training of the source beside it
     explain: bool = False,  # importance of the genes for the logit, over the training wells
@@ -82,7 +83,8 @@ def predictions(
     "Every model, fitted on the training wells and asked about the test wells."
     from perturbnb.models import tcell_baselines
     from perturbnb.models.tcell import TCell
-    known, test = wells[s.mask(wells, "train") | s.mask(wells, "control")], wells[s.mask(wells, "test")]
+    shared = s.mask(wells, "control") & ~(_same_place(wells, s) if rule == "place" else np.zeros(wells.n_obs, bool))
+    known, test = wells[s.mask(wells, "train") | shared], wells[s.mask(wells, "test")]
     names = BASELINES if wells.uns["perturbnb"].get("expression", True) else NO_EXPRESSION
     fitted = {n: getattr(tcell_baselines, BASELINES[n][0])(**BASELINES[n][1]).fit(known) for n in names}
     out = {"predictions": [_frame(n, test, m.predict(test)) for n, m in fitted.items()], "baselines": fitted}
@@ -104,6 +106,11 @@ def _projection(model: "TCell", known: ad.AnnData, test: ad.AnnData) -> np.ndarr
     from perturbnb.interpret.activation import axis, project
     beside = known.obs.groupby(known.obs.batch.astype(str)).label.nunique().max() > 1  # plates with both
     return project(model.latent(test), axis(model.latent(known), known.obs, within="batch" if beside else None))
+
+def _same_place(wells: ad.AnnData, s: Split) -> np.ndarray:
+    "Wells that stand at a row and column of the test part."
+    at = (wells.obs.row.astype(str) + wells.obs.column.astype(str)).to_numpy()
+    return np.isin(at, at[s.mask(wells, "test")])
 
 def _importances(model: "TCell", wells: ad.AnnData, fitted: Mapping) -> pd.DataFrame:  # gene, and a column for each way to rank genes
     "How each model ranks the genes for the label, beside plain correlation."
@@ -129,7 +136,7 @@ def one_run(seed: int, *, folder: str, out: str, rule: str, settings: "Mapping |
     wells = ad.read_h5ad(Path(folder) / "wells.h5ad")
     s = well_split(wells, rule, seed)
     proof = audit(s, wells)
-    found = predictions(wells, s, seed, settings, network=network, published=published, explain=explain)
+    found = predictions(wells, s, seed, settings, rule=rule, network=network, published=published, explain=explain)
     facts = pd.DataFrame([{"hash": s.hash, "best": found["model"].history.best if network else None, **{f"n_{p}": int(s.mask(wells, p).sum()) for p in ("train", "control", "test")}}])
     tables = {k: v for k, v in found.items() if k != "model" or keep}
     _save_run({**tables, "facts": facts, "audit": pd.DataFrame({"line": proof.lines}), "split": s}, Path(out))
@@ -241,17 +248,38 @@ def measured(
     model: str = "tcell",  # the one that is compared with all others
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":  # values; differences: each with metric, target, stratum, rule, model, value, low, high, n
     "Every metric of every model under every rule, and the model's differences from the others."
-    wells = obs.index
-    groups = np.where(obs.pert_type.astype(str) == "control", wells.astype(str), obs.pert.astype(str))
-    w, values, differences = _draws(groups, n_boot, seed), [], []
+    wells, values, differences = obs.index, [], []
+    drawn = {unit: (g, _draws(g, n_boot, seed)) for unit, g in _units(obs).items()}
     for rule, t in rows.groupby("run", sort=False):
+        groups, w = drawn["place" if rule == "place" and "place" in drawn else "metabolite"]
+        t = t.drop_duplicates(["model", "well", "seed"])
         sets = t.seed.map(lambda s: _set_of(rule, s))
+        t = t[~t.assign(set=sets).duplicated(["model", "well", "set"])]  # a metabolite that two folds pulled in counts once
         kept = {m: [_one_set(a, obs, w, wells) for _, a in b.groupby(sets[b.index])] for m, b in t.groupby("model", sort=False)}
-        means = {m: {k: _mean_of([d[k] for d in ds]) for k in ds[0]} for m, ds in kept.items()}
+        means = {m: {k: _mean_of([d[k] for d in ds]) for k in ds[0]} for m, ds in _balanced_sets(rule, t, kept).items()}
+        if rule in ("metabolite", "place"): means = {m: {k: v * np.nan if _says_nothing(m, k) else v for k, v in d.items()} for m, d in means.items()}
         about = dict(rule=rule, n=t.well.nunique(), n_groups=len(set(groups[wells.isin(t.well)])), n_sets=sets.nunique())
         values += [dict(zip(("metric", "target", "stratum"), k), model=m, **about, **_ends(v)) for m, d in means.items() for k, v in d.items()]
         if model in means: differences += [dict(zip(("metric", "target", "stratum"), k), model=model, baseline=m, **about, **_ends(means[model][k] - d[k])) for m, d in means.items() if m != model and len(kept[m]) == len(kept[model]) for k in d]
     return pd.DataFrame(values), pd.DataFrame(differences)
+
+def _units(obs: pd.DataFrame) -> dict:
+    "What is drawn: metabolites, or, where places are held out, places with all that stands there. A DMSO well is a unit of its own."
+    control, out = (obs.pert_type.astype(str) == "control").to_numpy(), {}
+    out["metabolite"] = np.where(control, obs.index.astype(str), obs.pert.astype(str))
+    if {"row", "column"} <= set(obs): out["place"] = np.where(control, obs.index.astype(str), obs.row.astype(str) + obs.column.astype(str))
+    return out
+
+def _balanced_sets(rule: str, t: pd.DataFrame, kept: Mapping) -> dict:
+    "Under the replicate rule first the mean of the seeds that held out the same replicate, then of the replicates."
+    if rule != "replicate": return dict(kept)
+    held = t.groupby("seed").well.first().map(lambda w: w in set(t[t.seed == t.seed.min()].well))
+    side = {m: [held[s] for s in sorted(b.seed.unique())] for m, b in t.groupby("model", sort=False)}
+    return {m: [{k: _mean_of([d[k] for d, s in zip(ds, side[m]) if s == which]) for k in ds[0]} for which in (True, False) if which in side[m]] for m, ds in kept.items()}
+
+def _says_nothing(model: str, k: tuple) -> bool:
+    "Whether what a model says of wells is the same for all of them, but for the shifts between folds."
+    return k[0] in ("pearson", "roc_auc", "average_precision") and (model == "mean" or model == "plate_mean" and k[2] == "within plates")
 
 def _mean_of(parts: list) -> np.ndarray:
     "Mean over sets of those that are defined."
@@ -352,7 +380,9 @@ def study_measured(
         scores = scores.join(out["scores"].drop(columns="Latent_Cosine").rename(columns=RANKED))
     out["metabolites"] = metabolites(scores.rename(columns={RANKED["distance"]: "distance"}), wells.obs, n_perm=n_perm, seed=seed).replace({"quantity": {"distance": RANKED["distance"]}})
     out["left_out_layouts"], kept = _straight(wells, seed)
-    out["repeats"] = repeats(scores.join(known[[c for c in SCORES if c != "Tscore_z"]].add_prefix("measured ")), wells.obs, n_boot=n_boot, seed=seed, plates=kept) if len(kept) > 1 else pd.DataFrame()
+    known = scores.join(known[[c for c in SCORES if c != "Tscore_z"]].add_prefix("measured "))
+    sets = ({"": kept, "all layouts": None} if out["left_out_layouts"] else {"": None}) if len(kept) > 1 else {}
+    out["repeats"] = pd.concat([repeats(known, wells.obs, n_boot=n_boot, seed=seed, plates=p).assign(layouts=k) for k, p in sets.items()], ignore_index=True) if sets else pd.DataFrame()
     return out
 
 # %% ../../nbs/interpret/32_tcell_study.ipynb #a680f6a0

@@ -89,7 +89,7 @@ class GroupEncoder(nn.Module):
         self.tokens, self.heads = GeneTokens(n_genes, width), heads
         self.query = nn.Parameter(torch.randn(groups, width))
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.gain, self.norm = nn.Parameter(torch.tensor([gain or math.sqrt(n_genes)])), nn.LayerNorm(width)
+        self.gain, self.norm = nn.Parameter(torch.tensor([math.sqrt(n_genes) if gain is None else gain])), nn.LayerNorm(width)
         self.layers = nn.ModuleList([_layer(width, heads, ff, dropout) for _ in range(layers)])
 
     def look(self, x: Tensor) -> "tuple[Tensor, Tensor]":  # weights (wells, heads, groups, genes), read-out (wells, groups, width)
@@ -231,7 +231,7 @@ def _targets(obs: pd.DataFrame, what: str) -> dict:
 def _scaler(x: np.ndarray, zscore: bool) -> dict:
     "Mean and spread of each gene in training; 0 and 1 where values are taken as they are."
     mean, std = (x.mean(0), x.std(0)) if zscore else (np.zeros(x.shape[1]), np.ones(x.shape[1]))
-    return {"gene_mean": mean, "gene_std": np.where(std > 1e-8, std, np.inf)}
+    return {"gene_mean": mean, "gene_std": np.where(std > 1e-6 * np.maximum(np.abs(mean), 1e-2), std, np.inf)}  # as good as constant: ignored
 
 def _scaled(model: "TCell", x: np.ndarray) -> Tensor: return torch.tensor(((x - model.arrays["gene_mean"]) / model.arrays["gene_std"]).astype(np.float32))
 
@@ -245,7 +245,7 @@ def _new_net(options: dict, n_genes: int) -> TCellNet:
 @patch
 def _fit(self: TCell, train, val):
     o = self.options
-    targets, self.arrays = _targets(train.obs, "train"), _scaler(train.X, o["zscore"])
+    targets, self.arrays = _targets(train.obs, "train"), {**_scaler(train.X, o["zscore"]), "seen_mean": train.X.mean(0), "seen_std": train.X.std(0)}
     net = _new_net(o, train.n_vars)
     held = (_scaled(self, val.X), _targets(val.obs, "val")) if val is not None else None
     last = o["keep"] == "last"

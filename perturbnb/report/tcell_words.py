@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'RULE_WORDS', 'DECIDES', 'RANKING', 'TITLES', 'verdict', 'deciding', 'rules_of', 'has_network', 'demo_mark',
-           'model_sentence', 'place_sentence', 'metabolite_sentence', 'inflation_sentence', 'headline', 'answer_table',
-           'lead_table', 'metric_rows', 'ranked_table', 'repeat_table', 'flat_facts', 'fact_rows', 'reversed_sentence',
-           'forest_figure', 'ranking_figure', 'latent_figure', 'curves_figure', 'importance_figure', 'gene_sentence',
-           'set_rows', 'record_genes', 'split_note', 'limits', 'record']
+           'trial_sentence', 'model_sentence', 'place_sentence', 'metabolite_sentence', 'inflation_sentence',
+           'headline', 'answer_table', 'lead_table', 'metric_rows', 'ranked_table', 'repeat_table', 'flat_facts',
+           'fact_rows', 'reversed_sentence', 'forest_figure', 'ranking_figure', 'latent_figure', 'curves_figure',
+           'importance_figure', 'gene_sentence', 'set_rows', 'record_genes', 'split_note', 'limits', 'record']
 
 # %% ../../nbs/report/16_tcell_words.ipynb #c8d07192
 import numpy as np
@@ -18,7 +18,7 @@ from ..data.drugseq import SCORES
 from ..interpret.tcell_study import RULES
 
 # %% ../../nbs/report/16_tcell_words.ipynb #71624084
-NAMES = {"tcell": "transformer", "ridge": "ridge", "pca50_ridge": "PCA-50 + ridge", "place": "place (no expression)", "plate_mean": "plate mean", "mean": "mean", "as_published": "as published"}
+NAMES = {"tcell": "transformer", "ridge": "ridge", "pca50_ridge": "PCA-50 + ridge", "place": "place (no expression)", "plate_mean": "plate mean", "mean": "mean", "as_published": "published wiring, small"}
 RULE_WORDS = {"metabolite": "metabolites not seen", "place": "places not seen", "replicate": "replicate not seen", "published": "wells at random (as published)"}
 DECIDES = ("pearson", "three scores", "all")
 
@@ -52,6 +52,17 @@ def _value(found: dict, rule: str, model: str, stratum: str = "all", target: str
 
 def _said(r, digits: int = 2) -> str: return plot.interval(r.value, r.low, r.high, f".{digits}f")
 
+def trial_sentence(found: dict) -> str:
+    "A warning where the networks had not finished learning, or where some folds are missing."
+    out, t = [], found.get("history")
+    if t is not None and len(t):
+        own = t.groupby(["run", "seed"]).epoch.max()
+        late = np.mean([b >= .9 * own[r, s] for r, s, b in found["facts"][["run", "seed", "best"]].itertuples(index=False) if (r, s) in own])
+        if late > .5: out.append(f"in {late:.0%} of the trainings the best epoch lies at the very end ({int(own.max())} epochs): the networks had not finished learning")
+    n = found["facts"][found["facts"].run == "metabolite"].seed.nunique() if "facts" in found else 5
+    if 0 < n < 5: out.append(f"{n} of 5 folds were run")
+    return f"**A trial, no verdict:** {'; '.join(out)}." if out else ""
+
 def model_sentence(found: dict) -> str:
     "Is the transformer better than the best simple regression?"
     if not has_network(found): return "There is no expression matrix among these tables, so no model of expression was trained; what the targets themselves show is below."
@@ -61,7 +72,7 @@ def model_sentence(found: dict) -> str:
     own, worst = _value(found, rule, "tcell"), d.iloc[0]
     words = {"better": "reads a well better than every regression", "level": "is level with the best regression", "worse": "does NOT reach the best regression", "cannot be told": "cannot be compared"}[verdict(worst.low, worst.high)]
     return (f"**The transformer {words}.** On {RULE_WORDS[rule]} its predictions correlate {_said(own)} with the measured scores (mean of three, {own.n} wells of {own.n_groups} metabolites); the difference to {NAMES[worst.baseline]}, "
-            f"the closest, is {plot.interval(worst.value, worst.low, worst.high, '+.3f')}.")
+            f"the best regression beside it, is {plot.interval(worst.value, worst.low, worst.high, '+.3f')}.")
 
 # %% ../../nbs/report/16_tcell_words.ipynb #dc712b71
 def place_sentence(found: dict) -> str:
@@ -71,12 +82,12 @@ def place_sentence(found: dict) -> str:
     if r is None: return ""
     more = ""
     if len(found["repeats"]):
-        t = _at(found["repeats"], quantity="measured Tscore").set_index("kind")
+        t = _at(found["repeats"], quantity="measured Tscore", layouts="").set_index("kind")
         same = verdict(t.low["difference"], t.high["difference"])
         left = found.get("left_out_layouts") or []
         without = f" (without layout {', '.join(left)}, whose two replicates look exchanged)" if left else ""
         more = (f" The two wells of one metabolite agree in the measured Tscore with rho {_said(t.loc['copies'])}; two *other* metabolites at the same place with {_said(t.loc['same place'])}{without}: "
-                + {"better": "a metabolite is more than its place.", "level": "beyond the place, nothing of the metabolite can be told.", "worse": "less than the place alone.", "cannot be told": "this cannot be compared."}[same])
+                + {"better": "a metabolite is more than its place.", "level": "on average nothing can be told of a metabolite beyond its place.", "worse": "less than the place alone.", "cannot be told": "this cannot be compared."}[same])
     return f"**The place of a well alone** (plate, row, column; no expression) predicts the scores with correlation {_said(r)} on {RULE_WORDS[rule]}.{more}"
 
 RANKING = "measured Tscore"  # the quantity by which metabolites are ranked: the prediction of it can only lose what it knows of them
@@ -93,7 +104,7 @@ def metabolite_sentence(found: dict, fdr: float = .05, truth: "pd.Series | None"
     right = "" if truth is None or not len(hits) else f"; {int((np.sign(truth.reindex(hits.pert).fillna(0).to_numpy()) == np.where(hits.direction == 'activating', 1, -1)).sum())} of them truly act that way, as {int((truth != 0).sum())} do in all"
     other = [f"{int(_named(o).sum())} in the {q}" for q, o in found["metabolites"].groupby("quantity", sort=False) if q != RANKING]
     return (f"**{len(hits)} of {len(t)} metabolites** differ from DMSO in the {RANKING} at a false discovery rate of {fdr:.0%} ({up} activating, {len(hits) - up} inhibiting{f'; first {names}' if names else ''}{right}), once the place of a well is taken out. "
-            + (f"By what the networks say of wells they have not seen: {', '.join(other)}. " if other else "") + f"With {int(t.n.median())} wells each, the smallest p that the test can give is {t.p_floor.min():.4f}.")
+            + (f"By what the networks say of wells they have not seen: {', '.join(other)}. " if other else "") + f"With {int(t.n.median())} wells each, the smallest p that the test can give is {t.p_floor.min():.4f}; to pass a false discovery rate of {fdr:.0%}, about {int(np.ceil(t.p_floor.min() * len(t) / fdr))} of {len(t)} would have to reach it together.")
 
 # %% ../../nbs/report/16_tcell_words.ipynb #d50234fd
 def inflation_sentence(found: dict) -> str:
@@ -103,7 +114,7 @@ def inflation_sentence(found: dict) -> str:
     return (f"**The published split** deals wells at random, so that the other well of a metabolite may be in training: it gives the transformer {_said(a)}, against {_said(b)} on {RULE_WORDS[rules_of(found)[0]]}. "
             "The scores of a well were computed from the very expression that is read here, so a high number under any split says that the computation can be imitated, not that activation can be foretold.")
 
-def headline(found: dict, truth: "pd.Series | None" = None) -> str: return "\n\n".join(filter(None, [model_sentence(found), place_sentence(found), metabolite_sentence(found, truth=truth), inflation_sentence(found)]))
+def headline(found: dict, truth: "pd.Series | None" = None) -> str: return "\n\n".join(filter(None, [trial_sentence(found), metabolite_sentence(found, truth=truth), place_sentence(found), model_sentence(found), inflation_sentence(found)]))
 
 # %% ../../nbs/report/16_tcell_words.ipynb #7e280d92
 def answer_table(found: dict) -> pd.DataFrame:
@@ -161,8 +172,8 @@ def ranked_table(found: dict, n: int = 12) -> pd.DataFrame:
 def repeat_table(found: dict) -> pd.DataFrame:
     "Copies of a metabolite against other metabolites at the same place."
     t = found["repeats"]
-    wide = {q: d.set_index("kind") for q, d in t.groupby("quantity", sort=False)}
-    return pd.DataFrame([{"quantity": q.removesuffix("_z"), "same metabolite": _said(d.loc["copies"]), "other metabolite, same place": _said(d.loc["same place"]),
+    wide = {q + (f" ({l})" if l else ""): d.set_index("kind") for (l, q), d in t.groupby(["layouts", "quantity"], sort=False)}
+    return pd.DataFrame([{"quantity": q.replace("_z", ""), "same metabolite": _said(d.loc["copies"]), "other metabolite, same place": _said(d.loc["same place"]),
                           "difference": f"{plot.interval(d.value['difference'], d.low['difference'], d.high['difference'], '+.2f')}"} for q, d in wide.items()])
 
 # %% ../../nbs/report/16_tcell_words.ipynb #acc0ac3e
@@ -186,7 +197,7 @@ def fact_rows(facts: dict) -> pd.DataFrame:
     if (r := f.get("label_rule")) and not r["mixed"]: rows.append(("label and cluster", f"the label is a function of the cluster: active in {', '.join(r['active'])}"))
     if r := f.get("replicate_label"): rows.append(("label of the two replicates", f"equal for {r['n_agree']:,} of {r['n']:,} ({r['agree']:.0%}; {r['chance']:.0%} by chance, kappa {r['kappa']:.2f})"))
     if f.get("replicate_corr"): rows.append(("scores of the two replicates", f"{short(f['replicate_corr'])}; plate means taken out: {short(f['replicate_corr_centred'])}"))
-    if np.isfinite(f.get("old_minus_sum", np.nan)): rows.append(("old activation score", f"the sum of the three scores to within {f['old_minus_sum']:.0e}" if f["old_minus_sum"] < 1e-6 else f"differs from the sum of the three scores by up to {f['old_minus_sum']:.2g}"))
+    if np.isfinite(f.get("old_minus_sum", np.nan)): rows.append(("old activation score", "the sum of the three scores" if f["old_minus_sum"] < 1e-6 else f"differs from the sum of the three scores by up to {f['old_minus_sum']:.2g}"))
     return pd.DataFrame(rows, columns=["of the targets", "counted"])
 
 def reversed_sentence(t: pd.DataFrame) -> str:
@@ -308,7 +319,7 @@ def split_note(found: dict) -> str:  # Markdown
 # %% ../../nbs/report/16_tcell_words.ipynb #7b5d37a9
 def limits(found: dict, demo: bool) -> str:  # Markdown
     "What the numbers do not show."
-    return "\n".join(filter(None, [
+    return "\n\n".join(filter(None, [
         "- The scores and the label were computed from the same expression that the models read. Predicting them is imitation of a computation; there is no ceiling below 1 for it, and none is printed.",
         "- Two wells for each metabolite. An effect has to be large to be told from DMSO; *not told apart* is no proof of no effect.",
         "- Each metabolite stands at one place on its plates, the same in both replicates. What a place does and what its metabolite does can be told apart only by other metabolites at that place.",
@@ -328,8 +339,9 @@ def record(result: "Result", found: dict, facts: dict, demo: bool, truth: "pd.Se
     for r in found["values"].itertuples(): result.metric(f"{r.metric}@1", r.value, r.n, ends(r), model=r.model, kind=kind(r.model), split=r.rule, part="test", stratum=f"{r.target}, {r.stratum}", note=r.note or None)
     for r in found["differences"].itertuples(): result.comparison(f"{r.metric}@1", r.value, r.n, ends(r), model=r.model, baseline=r.baseline, split=r.rule, part="test", stratum=f"{r.target}, {r.stratum}", note=r.note or None)
     for r in found["repeats"].itertuples():
-        if r.kind != "difference": result.metric("spearman_repeats@1", r.value, int(r.n), (r.low, r.high), model=r.quantity, kind="control", split="none", part="all", stratum=r.kind)
-        else: result.comparison("spearman_repeats@1", r.value, int(r.n), (r.low, r.high), model=f"{r.quantity}: same metabolite", baseline="other metabolite, same place")
+        of = r.layouts or ("without exchanged layouts" if found.get("left_out_layouts") else "all layouts")
+        if r.kind != "difference": result.metric("spearman_repeats@1", r.value, int(r.n), (r.low, r.high), model=r.quantity, kind="control", split="none", part="all", stratum=f"{r.kind}, {of}")
+        else: result.comparison("spearman_repeats@1", r.value, int(r.n), (r.low, r.high), model=f"{r.quantity}: same metabolite", baseline="other metabolite, same place", stratum=of)
     for question, sentence in (("Does the transformer read a well better than a regression?", model_sentence(found)), ("What does the place of a well tell?", place_sentence(found)),
                                ("Which metabolites differ from DMSO?", metabolite_sentence(found, truth=truth)), ("What does the published split add?", inflation_sentence(found))):
         if sentence: result.verdict(question, plot.plain(sentence).replace("**", ""))
