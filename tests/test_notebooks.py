@@ -16,5 +16,5 @@ def test_notebook(path, capfd, monkeypatch):
     ok, _ = run_nb(path, skip_flags=CFG.tst_flags.split(), basepath=CFG.config_path)
     assert ok, capfd.readouterr().err[-4000:]
     changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
-    changed -= {"JUPYTER_PATH", "PYTEST_CURRENT_TEST", "RDBASE", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"}  # a run offers its kernel to its own process; RDKit, PyTorch and Lightning set theirs when they are imported
+    changed -= {"JUPYTER_PATH", "PYTEST_CURRENT_TEST", "RDBASE", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}  # a run offers its kernel to its own process; RDKit, PyTorch, Lightning and scikit-learn set theirs when they are imported
     assert not changed, f"{path.name} leaves the environment changed: {changed}"
